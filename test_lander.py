@@ -1,0 +1,841 @@
+"""Tests on tiny random models, on the CPU, without downloads:  pytest
+
+Each test says which mistake it would catch. Parity with transformers and tokenizers is checked where they are installed
+(study/requirements.txt); a few tests use real checkpoints and text where they lie in ../shared, and skip elsewhere.
+
+In this file: the decoder against independent implementations; padding; generation; reading and writing checkpoints;
+tokenizers; parallel text and batches.
+"""
+
+import itertools
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+import data
+import model
+from data import list_pairs, load_tokenizer, make_batches, read_parallel, render
+from model import Config, Decoder, Family, InputError, load_model, save_model
+
+SHARED = Path(__file__).resolve().parent.parent / "shared"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The decoder against independent implementations
+
+
+def randomize(module, seed=0, std=0.15):
+    """Every parameter away from its initial value: zero biases and unit norms would hide a mix-up."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std + ("norm" in name or "ln" in name))
+    return module.eval()
+
+
+def assert_close(ours, theirs, real=None):
+    """Largest difference below 2e-5 of the largest logit, on real tokens."""
+    ours, theirs = (ours, theirs) if real is None else (ours[real], theirs[real])
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() < 2e-5 * theirs.abs().max()
+
+
+def padded_ids(vocabulary, side, lengths=(11, 4, 7)):
+    """Ids [B, T] and mask [B, T] with padding on one side."""
+    ids = torch.randint(4, vocabulary, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(1))
+    rank = torch.arange(max(lengths))
+    rank = rank if side == "right" else rank.flip(0)
+    return ids, rank < torch.tensor(lengths)[:, None]
+
+
+def bloom_reference(heads=4, **options):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BloomConfig(vocab_size=90, hidden_size=48, n_layer=3, n_head=heads, **options)
+    return randomize(transformers.BloomForCausalLM(config))
+
+
+def write_bloom(folder, reference, dialect="published", prefix="", head=False, shards=1, dtype=torch.float32):
+    """Write transformers' BLOOM the ways that published folders are written."""
+    tensors = {
+        name.replace("transformer.", prefix, 1): tensor.to(dtype).clone()
+        for name, tensor in reference.state_dict().items()
+        if name != "lm_head.weight"
+    }
+    if head:
+        tensors["lm_head.weight"] = reference.lm_head.weight.detach().to(dtype).clone()
+    old = reference.config
+    published = {"model_type": "bloom", "vocab_size": old.vocab_size, "n_layer": old.n_layer, "n_inner": None}
+    if dialect == "published":
+        published |= {"n_embed": old.hidden_size, "num_attention_heads": old.n_head, "hidden_size": 7}  # n_embed wins
+    else:
+        published |= {"hidden_size": old.hidden_size, "n_head": old.n_head}
+    published["apply_residual_connection_post_layernorm"] = old.apply_residual_connection_post_layernorm
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(published))
+    write_shards(folder, tensors, shards)
+
+
+def write_shards(folder, tensors, shards):
+    if shards == 1:
+        return save_file(tensors, folder / "model.safetensors")
+    weight_map = {}
+    for i, names in enumerate(list(tensors)[k::shards] for k in range(shards)):
+        file = f"model_{i + 1:05}-of-{shards:05}.safetensors"
+        save_file({name: tensors[name] for name in names}, folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+@pytest.mark.parametrize(
+    "heads, options, files",
+    [
+        (4, {}, {}),
+        (4, {}, {"dialect": "resaved", "prefix": "transformer.", "head": True}),
+        (6, {}, {"prefix": "transformer.", "shards": 3}),
+        (12, {}, {"dialect": "resaved", "head": True, "shards": 2}),
+        (6, {}, {"dtype": torch.float16}),
+        (4, {"apply_residual_connection_post_layernorm": True}, {}),
+    ],
+)
+def test_bloom_logits_equal_transformers(tmp_path, heads, options, files):
+    """A wrong slope series, residual, norm, interleaving, name dialect or shard: all load cleanly and compute garbage."""
+    reference = bloom_reference(heads, **options)
+    if files.get("dtype") == torch.float16:
+        reference.half().float()  # the file's rounding
+    write_bloom(tmp_path, reference, **files)
+    ours = load_model(tmp_path, dtype=torch.float32)
+    for side in ("left", "right"):
+        ids, mask = padded_ids(90, side)
+        assert_close(ours(ids, mask), reference(ids, attention_mask=mask.long()).logits, mask)
+
+
+def test_dtype_none_keeps_the_checkpoints(tmp_path):
+    """A silent cast to fp32 doubles the memory of a published checkpoint."""
+    write_bloom(tmp_path, bloom_reference(), dtype=torch.float16)
+    assert {p.dtype for p in load_model(tmp_path).parameters()} == {torch.float16}
+
+
+def llama_reference(**options):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=90, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6,
+        rms_norm_eps=1e-6, tie_word_embeddings=False, **options,
+    )  # fmt: skip
+    return randomize(transformers.LlamaForCausalLM(config))
+
+
+BAICHUAN = {
+    "model_type": "baichuan", "vocab_size": 90, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
+    "num_attention_heads": 6, "rms_norm_eps": 1e-6,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("normalize_head", [False, True])
+def test_baichuan_logits_equal_transformers_llama(tmp_path, normalize_head):
+    """Stacked read as interleaved, the other rotary convention, a head normalized in place or not at all."""
+    reference = llama_reference()
+    tensors = {name: tensor.clone() for name, tensor in reference.state_dict().items()}
+    for layer in range(3):
+        attention = f"model.layers.{layer}.self_attn."
+        packed = [tensors.pop(f"{attention}{part}_proj.weight") for part in "qkv"]
+        tensors[f"{attention}W_pack.weight"] = torch.cat(packed)
+        tensors[f"{attention}rotary_emb.inv_freq"] = torch.ones(4)  # dropped on purpose
+    if normalize_head:
+        with torch.no_grad():
+            reference.lm_head.weight.copy_(F.normalize(reference.lm_head.weight))
+    published = BAICHUAN | {"max_position_embeddings": 64, "normalize_head": normalize_head}
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    save_file(tensors, tmp_path / "model.safetensors")
+    ours = load_model(tmp_path)
+    for side in ("left", "right"):
+        ids, mask = padded_ids(90, side)
+        assert_close(ours(ids, mask), reference(ids, attention_mask=mask.long()).logits, mask)
+    assert torch.equal(ours.head.weight, tensors["lm_head.weight"])
+
+
+def plain_loop_logits(weights, ids, heads, eps=1e-6):
+    """Baichuan-13B with ALiBi for one sentence, token by token and head by head, in fp64."""
+    weights = {name: tensor.double() for name, tensor in weights.items()}
+
+    def norm(x, name):
+        return x / (x.square().mean() + eps).sqrt() * weights[name]
+
+    states = [weights["model.embed_tokens.weight"][i] for i in ids]
+    size = len(states[0]) // heads
+    slopes = {6: [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3]}[heads]
+    for layer in range(3):
+        name = f"model.layers.{layer}."
+        normed = [norm(x, name + "input_layernorm.weight") for x in states]
+        q, k, v = ([part @ x for x in normed] for part in weights[name + "self_attn.W_pack.weight"].chunk(3))
+        for i in reversed(range(len(states))):
+            mixed = []
+            for h in range(heads):
+                own = slice(h * size, (h + 1) * size)
+                scores = [q[i][own] @ k[j][own] / size**0.5 - slopes[h] * (i - j) for j in range(i + 1)]
+                shares = torch.stack(scores).softmax(0)
+                mixed.append(sum(share * v[j][own] for j, share in enumerate(shares)))
+            states[i] = states[i] + weights[name + "self_attn.o_proj.weight"] @ torch.cat(mixed)
+            x = norm(states[i], name + "post_attention_layernorm.weight")
+            gate, up = (weights[f"{name}mlp.{part}_proj.weight"] @ x for part in ("gate", "up"))
+            states[i] = states[i] + weights[name + "mlp.down_proj.weight"] @ (gate / (1 + (-gate).exp()) * up)
+    return torch.stack([weights["lm_head.weight"] @ norm(x, "model.norm.weight") for x in states])
+
+
+def test_baichuan_13b_logits_equal_a_plain_loop(tmp_path):
+    """ALiBi with Baichuan's stacked projection: no published implementation to lean on, so a loop in the test."""
+    ours = randomize(Decoder(Config.from_json(BAICHUAN | {"model_max_length": 64})))
+    save_model(ours, tmp_path)
+    ids = [5, 17, 80, 33, 4, 61, 9]
+    expected = plain_loop_logits(load_file(tmp_path / "model.safetensors"), ids, heads=6)
+    assert_close(ours(torch.tensor([ids]))[0], expected.float())
+
+
+@pytest.mark.parametrize(
+    "vocabulary, extra, positions, head",
+    [
+        (64000, {"max_position_embeddings": 4096}, "rotary", "plain"),
+        (64000, {"model_max_length": 4096}, "alibi", "plain"),
+        (125696, {"max_position_embeddings": 4096, "model_max_length": 4096}, "rotary", "normalized"),
+        (125696, {"model_max_length": 4096}, "alibi", "normalized"),
+        (125696, {"positions": "rotary", "normalize_head": False}, "rotary", "plain"),
+    ],
+)
+def test_baichuan_variants_are_told_apart(vocabulary, extra, positions, head):
+    """v1 read as v2, or 13B as 7B: no tensor shape would tell."""
+    config = Config.from_json(BAICHUAN | {"vocab_size": vocabulary} | extra)
+    assert (config.positions, config.head) == (positions, head)
+
+
+def test_another_family_is_a_reader_and_a_name_map(tmp_path, monkeypatch):
+    """LLaMA, with query, key and value apart, needs nothing but an entry in FAMILIES."""
+    names = {ours: published for ours, published in model.FAMILIES["baichuan"].names.items()}
+    names["blocks.{}.attention.query_key_value"] = tuple(f"model.layers.{{}}.self_attn.{part}_proj" for part in "qkv")
+    monkeypatch.setitem(model.FAMILIES, "llama", Family(read=model.read_baichuan, names=names))
+    reference = llama_reference()
+    reference.save_pretrained(tmp_path)
+    ours = load_model(tmp_path)
+    ids, mask = padded_ids(90, "left")
+    assert_close(ours(ids, mask), reference(ids, attention_mask=mask.long()).logits, mask)
+    save_model(ours, tmp_path / "copy")
+    again = type(reference).from_pretrained(tmp_path / "copy", dtype=torch.float32)
+    assert torch.equal(again(ids).logits, reference(ids).logits)
+
+
+def test_alibi_slopes_by_hand():
+    """H = 6: the series of 4, then the first and third of the series of 8."""
+    assert model.alibi_slopes(4).tolist() == [1 / 4, 1 / 16, 1 / 64, 1 / 256]
+    assert model.alibi_slopes(6).tolist() == [1 / 4, 1 / 16, 1 / 64, 1 / 256, 1 / 2, 1 / 8]
+
+
+def test_alibi_is_exact_for_near_keys_in_low_precision():
+    """An absolute bias slope * position in bf16 is off by several at 2048 tokens, for near keys too."""
+    bias = model.attention_bias(tiny_config("bloom"), None, 1, 2048, "cpu", torch.bfloat16)
+    near = torch.arange(15, -1, -1.0)
+    assert torch.equal(bias[0, :, 0, -16:].float(), -model.alibi_slopes(4)[:, None] * near)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Padding and generation
+
+
+def tiny_config(kind, vocabulary=90):
+    if kind == "bloom":
+        return Config.from_json(dict(model_type="bloom", vocab_size=vocabulary, n_embed=32, n_layer=2, n_head=4))
+    extra = {"max_position_embeddings": 64} if kind == "rotary" else {"model_max_length": 64}
+    return Config.from_json(BAICHUAN | extra | {"vocab_size": vocabulary, "normalize_head": True})
+
+
+def tiny_decoder(kind, seed=0, vocabulary=90):
+    return randomize(Decoder(tiny_config(kind, vocabulary)), seed, std=0.5)  # wild enough for varied continuations
+
+
+KINDS = ("bloom", "rotary", "alibi")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_changes_nothing(kind, side):
+    """Positions counted from the padding, padding attended to, NaN of an empty softmax leaking into real tokens."""
+    decoder = tiny_decoder(kind)
+    ids, mask = padded_ids(90, side)
+    logits = decoder(ids, mask)
+    for b in range(len(ids)):
+        assert_close(logits[b][mask[b]], decoder(ids[b][mask[b]][None])[0])
+
+
+@pytest.fixture
+def nan_in_new_memory():
+    """torch.empty returns NaN, so that reading memory before writing it shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def recomputed_greedy(decoder, ids, max_new_tokens, eos_id, vocab_size=None):
+    ids, new = list(ids), []
+    while len(new) < max_new_tokens:
+        token = int(decoder(torch.tensor([ids + new]))[0, -1, :vocab_size].argmax())
+        if token == eos_id:
+            break
+        new.append(token)
+    return new
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_cached_greedy_equals_recomputation(kind, side, nan_in_new_memory, monkeypatch):
+    """A key cached at the wrong place, a row mixed up when a finished sentence leaves, cache memory never written."""
+    monkeypatch.setattr(model, "PREFILL_ROWS", 3)
+    decoder = tiny_decoder(kind, vocabulary=12)
+    ids, mask = padded_ids(12, side, lengths=(5, 11, 3, 7, 8, 4, 9, 2))
+    endless = [recomputed_greedy(decoder, row[real].tolist(), 15, eos_id=-1) for row, real in zip(ids, mask)]
+    ends = {token: [row.index(token) if token in row else 15 for row in endless] for token in range(12)}
+    eos_id = max(ends, key=lambda token: len(set(ends[token])))
+    assert len(set(ends[eos_id])) > 2, "sentences must end at different steps to test anything"
+    expected = [row[:end] for row, end in zip(endless, ends[eos_id])]
+    assert decoder.generate(ids, mask, 15, eos_id) == expected
+    assert decoder.generate(ids, mask, 15, eos_id, beams=1) == expected
+
+
+def test_generation_edge_cases():
+    decoder = tiny_decoder("bloom", vocabulary=12)
+    ids, mask = padded_ids(12, "right")
+    assert decoder.generate(ids, mask, 0, eos_id=2) == [[], [], []]
+    assert decoder.generate(ids[:0], mask[:0], 5, eos_id=2) == []
+    assert decoder.generate(ids, None, 5, eos_id=2) == decoder.generate(ids, torch.ones_like(mask), 5, eos_id=2)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_ids_that_the_tokenizer_lacks_are_never_emitted(beams):
+    """BLOOM's embedding has 200 more rows than its tokenizer has tokens."""
+    decoder = tiny_decoder("rotary", vocabulary=12)
+    ids, mask = padded_ids(8, "left")
+    assert max(map(max, decoder.generate(ids, mask, 10, eos_id=2, beams=beams))) > 7
+    new = decoder.generate(ids, mask, 10, eos_id=2, beams=beams, vocab_size=8)
+    assert max(map(max, new)) < 8
+    if beams == 1:
+        assert new == [recomputed_greedy(decoder, row[real].tolist(), 10, 2, 8) for row, real in zip(ids, mask)]
+
+
+@torch.no_grad()
+def score(decoder, prompt, new, eos_id, max_new_tokens):
+    """Log-probability per token of a continuation; eos is one of the tokens where it fitted."""
+    new = new + [eos_id] * (len(new) < max_new_tokens)
+    logits = decoder(torch.tensor([prompt + new]))[0, len(prompt) - 1 : -1]
+    return float(logits.double().log_softmax(-1)[range(len(new)), new].mean())
+
+
+@pytest.mark.parametrize("beams, vocabulary, length", [(4, 3, 3), (64, 4, 4)])
+def test_beam_search_equals_brute_force(beams, vocabulary, length, nan_in_new_memory):
+    """A beam reordered without its cache, a finished hypothesis lost, a length counted wrongly."""
+    best_is_not_greedy = 0
+    for seed in range(12):
+        decoder = tiny_decoder("alibi", seed, vocabulary)
+        prompts = [[0, 1, 0, 2], [1], [2, 2]]
+        ids, mask = torch.zeros(3, 4, dtype=torch.long), torch.zeros(3, 4, dtype=torch.bool)
+        for b, prompt in enumerate(prompts):
+            ids[b, : len(prompt)], mask[b, : len(prompt)] = torch.tensor(prompt), True
+        found = decoder.generate(ids, mask, length, eos_id=2, beams=beams)
+        others = [token for token in range(vocabulary) if token != 2]
+        everything = [list(new) for n in range(length + 1) for new in itertools.product(others, repeat=n)]
+        for prompt, new in zip(prompts, found):
+            best = max(everything, key=lambda new: score(decoder, prompt, new, 2, length))
+            assert new == best
+            best_is_not_greedy += best != recomputed_greedy(decoder, prompt, length, 2)
+    assert best_is_not_greedy, "greedy finds them all: the toy model is too easy to test anything"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_beam_search_never_scores_below_greedy(kind, nan_in_new_memory):
+    """Plain beam search may prune the greedy path and end below it."""
+    better = 0
+    for seed in range(6):
+        decoder = tiny_decoder(kind, seed, vocabulary=12)
+        ids, mask = padded_ids(12, "left", lengths=(5, 11, 3, 7, 8))
+        greedy, beam = (decoder.generate(ids, mask, 12, eos_id=2, beams=beams) for beams in (1, 4))
+        for row, real, a, b in zip(ids, mask, greedy, beam):
+            gain = score(decoder, row[real].tolist(), b, 2, 12) - score(decoder, row[real].tolist(), a, 2, 12)
+            assert gain > -1e-5
+            better += gain > 1e-5
+    assert better > 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading and writing checkpoints
+
+
+def message(error):
+    """The text of an InputError, which must be one line."""
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_model_loads_as_the_same_bits(tmp_path, kind):
+    """And in 16-bit too; nothing but the two files is left behind."""
+    decoder = tiny_decoder(kind).half()
+    save_model(decoder, tmp_path)
+    again = load_model(tmp_path)
+    assert again.config.published["dtype"] == "float16"
+    assert {name: p.dtype for name, p in again.named_parameters()} == {name: torch.float16 for name, _ in decoder.named_parameters()}
+    assert all(torch.equal(p, again.get_parameter(name)) for name, p in decoder.named_parameters())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_transformers_loads_a_saved_bloom(tmp_path):
+    """The published layout, not one of our own."""
+    transformers = pytest.importorskip("transformers")
+    decoder = tiny_decoder("bloom")
+    save_model(decoder, tmp_path)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    ids, mask = padded_ids(90, "left")
+    assert_close(decoder(ids, mask), reference(ids, attention_mask=mask.long()).logits, mask)
+
+
+def test_saving_is_atomic(tmp_path, monkeypatch):
+    """An interrupted save must leave the old file whole, and no debris."""
+    save_model(tiny_decoder("bloom", seed=1), tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+
+    def interrupted(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_model(tiny_decoder("bloom", seed=2), tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_every_wrong_tensor_is_listed_in_one_error(tmp_path):
+    """A loader that skips what it does not know leaves random weights in the model."""
+    save_model(tiny_decoder("bloom"), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["h.1.mlp.dense_h_to_4h.bias"], tensors["ln_f.weight"]
+    tensors["h.0.input_layernorm.weight"] = torch.ones(31)
+    tensors["h.1.input_layernorm.weight"] = torch.ones(32, dtype=torch.int8)
+    tensors["h.2.input_layernorm.weight"] = torch.ones(32)
+    tensors["transformer.ln_f.bias"] = torch.ones(32)
+    tensors["lm_head.weight"] = torch.ones(1)  # dropped on purpose
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(InputError) as error:
+        load_model(tmp_path)
+    text = message(error)
+    assert str(tmp_path) in text
+    missing, unexpected, misshapen = text.split("; ")[1:]
+    assert missing == "missing: h.1.mlp.dense_h_to_4h.bias, ln_f.weight"
+    assert "h.2.input_layernorm.weight" in unexpected and "ln_f.bias (twice)" in unexpected
+    assert "h.0.input_layernorm.weight F32 [31]" in misshapen and "h.1.input_layernorm.weight I8" in misshapen
+    assert "lm_head" not in text
+
+
+@pytest.mark.parametrize("shard", ["../elsewhere.safetensors", "/etc/passwd", "", 7])
+def test_a_shard_outside_its_folder_is_refused(tmp_path, shard):
+    save_model(tiny_decoder("bloom"), tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path.parent / "elsewhere.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"ln_f.weight": shard}}))
+    with pytest.raises(InputError) as error:
+        load_model(tmp_path)
+    assert "model.safetensors.index.json" in message(error) and repr(shard) in message(error)
+
+
+def damage(folder, file, content):
+    path = folder / file
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content(path.read_bytes()) if callable(content) else content)
+
+
+def edit_config(**changes):
+    return lambda content: json.dumps({k: v for k, v in (json.loads(content) | changes).items() if v != "gone"}).encode()
+
+
+@pytest.mark.parametrize(
+    "file, content, culprits",
+    [
+        ("config.json", None, ["config.json", "cannot be read"]),
+        ("config.json", b"{", ["config.json", "not JSON"]),
+        ("config.json", b"[]", ["config.json", "not a JSON object"]),
+        ("config.json", edit_config(model_type="gpt2"), ["config.json", "'gpt2'", "bloom, baichuan"]),
+        ("config.json", edit_config(n_head="gone"), ["config.json", "n_head or num_attention_heads"]),
+        ("config.json", edit_config(n_head=5), ["config.json", "32", "5 heads"]),
+        ("config.json", edit_config(n_layer="2"), ["config.json", "layers is '2'"]),
+        ("model.safetensors", None, ["no model.safetensors"]),
+        ("model.safetensors", lambda content: content[:-100], ["model.safetensors"]),
+        ("model.safetensors", b"", ["model.safetensors"]),
+    ],
+)
+def test_a_damaged_checkpoint_ends_in_one_line(tmp_path, file, content, culprits):
+    save_model(tiny_decoder("bloom"), tmp_path)
+    published = json.loads((tmp_path / "config.json").read_text())
+    damage(tmp_path, file, content)
+    assert published["n_head"] == 4
+    with pytest.raises(InputError) as error:
+        load_model(tmp_path)
+    assert all(culprit in message(error) for culprit in [str(tmp_path), *culprits])
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    write_bloom(tmp_path, bloom_reference(), shards=2)
+    (tmp_path / "model_00002-of-00002.safetensors").unlink()
+    with pytest.raises(InputError) as error:
+        load_model(tmp_path)
+    assert "model_00002-of-00002.safetensors" in message(error)
+
+
+def test_bin_shards_convert_to_the_same_model(tmp_path):
+    """Baichuan2-7B-Base is published as two .bin shards; loading must say how to convert them."""
+    decoder = tiny_decoder("rotary")
+    save_model(decoder, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    for i in (1, 2):
+        torch.save(dict(list(tensors.items())[i - 1 :: 2]), tmp_path / f"pytorch_model-0000{i}-of-00002.bin")
+    with pytest.raises(InputError) as error:
+        load_model(tmp_path)
+    command = [sys.executable, Path(model.__file__), "convert", tmp_path]
+    assert f"python model.py convert {tmp_path}" in message(error)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    again = load_model(tmp_path)
+    assert all(torch.equal(p, again.get_parameter(name)) for name, p in decoder.named_parameters())
+
+
+class Payload:
+    def __reduce__(self):
+        return Path.touch, (Path("executed"),)
+
+
+@pytest.mark.parametrize("content", [b"not a checkpoint", Payload(), {"w": [1, 2]}, None])
+def test_converting_runs_no_code_and_names_the_file(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "pytorch_model.bin"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    done = subprocess.run([sys.executable, Path(model.__file__), "convert", "."], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and "pytorch_model" in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == [path.name] * (content is not None)
+
+
+MEASURE_LOADING = """
+import resource, sys, torch, model
+model.load_model(sys.argv[1] + "/warm-up")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+loaded = model.load_model(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, sum(p.nbytes for p in loaded.parameters()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_loading_holds_the_weights_once(tmp_path, dtype):
+    """Reading a whole file before converting it takes one and a half times the weights; 1.15 is allowed."""
+    config = dict(model_type="bloom", vocab_size=20000, n_embed=1024, n_layer=6, n_head=8)
+    save_model(Decoder(Config.from_json(config)).half(), tmp_path)
+    save_model(tiny_decoder("bloom").half(), tmp_path / "warm-up")
+    command = [sys.executable, "-c", MEASURE_LOADING, tmp_path, dtype]
+    peak, weights = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    assert peak < 1.15 * weights
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+TEXTS = [
+    "Hello, world!  (two spaces)\n\ttabs … 你好，世界。", "a    b\n\n  c", "f(x)|g(y) (a) ( b", "「你好！」？ 你好! ？",
+    "1,234.56 a.b@c.com", "a\u00a0b\u3000c\u200bd \u00a0e", " leading and trailing  ",
+    "", " ", "\n", "x\x00y\x1c\x1d\x1e\x1f\x7f\x85z", "\u1680\u2000\u2028\u2029\u202f\u205f\ufeff\u180e w",
+    "👩‍👩‍👧‍👦 🇩🇪 e\u0301 ñ n\u0303 ﬁ ½ Ⅷ", "مرحبا بالعالم، كيف حالك؟ हिन्दी। ۔", "Привет, мир! Ёлка", "中文没有空格但是有标点，对吧？",
+    "<s>text</s> <pad><unk>< s> </s", "a<pad>b</s></s>", "x" * 3000, "das Haus 你好" * 300, "end ", "Ġ Ċ ĠĠ",
+]  # fmt: skip
+
+TRAINING_TEXT = TEXTS[:14] + ["das Haus ist grün und der Hund ist müde", "the house is green and the dog is tired"] * 3
+
+
+@pytest.fixture(scope="session")
+def bloom_tokenizer(tmp_path_factory):
+    """A folder with a tokenizer.json of BLOOM's pipeline, trained and written by the tokenizers library."""
+    library = pytest.importorskip("tokenizers")
+    tokenizer = library.Tokenizer(library.models.BPE())
+    split = library.pre_tokenizers.Split(library.Regex(data.BLOOM_SPLIT), behavior="isolated")
+    byte_level = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = library.pre_tokenizers.Sequence([split, byte_level])
+    tokenizer.decoder = library.decoders.ByteLevel()
+    tokenizer.post_processor = library.processors.ByteLevel(trim_offsets=False)
+    special = ["<unk>", "<s>", "</s>", "<pad>"]
+    alphabet = library.pre_tokenizers.ByteLevel.alphabet()
+    trainer = library.trainers.BpeTrainer(vocab_size=500, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(TRAINING_TEXT, trainer)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def edited_tokenizer(folder, target, edit):
+    published = json.loads((folder / "tokenizer.json").read_text())
+    edit(published)
+    (target / "tokenizer.json").write_text(json.dumps(published))
+    return target
+
+
+def random_texts(count):
+    rng = random.Random(0)
+    ranges = [(0, 0x80), (0x80, 0x3000), (0x3000, 0xD800), (0xE000, 0x110000), (0x20, 0x21), (0x61, 0x68)]
+    for _ in range(count):
+        yield "".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(rng.randrange(40)))
+
+
+def test_bloom_ids_and_text_equal_tokenizers(bloom_tokenizer):
+    """A merge out of order, white space of Python's kind, bytes dropped, added tokens matched too late."""
+    from tokenizers import Tokenizer
+
+    theirs, ours = Tokenizer.from_file(str(bloom_tokenizer / "tokenizer.json")), load_tokenizer(bloom_tokenizer)
+    assert (ours.bos_id, ours.eos_id, ours.pad_id, ours.vocab_size) == (1, 2, 3, theirs.get_vocab_size())
+    for text in [*TEXTS, *random_texts(500)]:
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text).ids, repr(text)
+        assert ours.decode(ids) == text
+    rng = random.Random(1)
+    for _ in range(300):  # ids that no text gives: broken characters
+        ids = [rng.randrange(ours.vocab_size) for _ in range(rng.randrange(20))]
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=False)
+
+
+def test_merges_load_in_both_file_forms(bloom_tokenizer, tmp_path):
+    """ "a b" strings until tokenizers 0.20, [a, b] pairs since."""
+    merges = json.loads((bloom_tokenizer / "tokenizer.json").read_text())["model"]["merges"]
+    assert isinstance(merges[0], list)
+    edit = lambda published: published["model"].update(merges=[" ".join(merge) for merge in merges])
+    old = load_tokenizer(edited_tokenizer(bloom_tokenizer, tmp_path, edit))
+    new = load_tokenizer(bloom_tokenizer)
+    assert all(old.encode(text) == new.encode(text) for text in TEXTS)
+
+
+@pytest.mark.parametrize(
+    "text, pieces",
+    [
+        (TEXTS[0], "Hello·,· world·!  (·two· spaces·)\n\t·tabs· …· 你好·，·世界·。"),
+        (TEXTS[1], "a·   · b·\n\n ·· c".replace("··", "·")),
+        (TEXTS[2], "f·(·x·)|·g·(·y·) (·a·) (· b"),
+        (TEXTS[3], "「你好！」？· 你好·!· ？"),
+        (TEXTS[4], "1·,·234·.·56· a·.·b@c·.·com"),
+        (TEXTS[5], "a·\u00a0·b·\u3000·c\u200bd· \u00a0·e"),
+        (TEXTS[6], " leading· and· trailing·  "),
+    ],
+)
+def test_pre_tokenizer_by_hand(text, pieces):
+    """Oniguruma's nested class is a union; Python's re reads it otherwise."""
+    assert [piece for piece in data.PIECE.split(text) if piece] == pieces.split("·")
+
+
+@pytest.mark.parametrize(
+    "edit, culprit",
+    [
+        (lambda p: p.update(normalizer={"type": "NFC"}), "NFC"),
+        (lambda p: p["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex="\\s+"), "\\\\s+"),
+        (lambda p: p.update(pre_tokenizer={"type": "Whitespace"}), "Whitespace"),
+        (lambda p: p.update(pre_tokenizer=None), "pre_tokenizer"),
+        (lambda p: p["model"].update(type="WordPiece"), "WordPiece"),
+        (lambda p: p["model"].update(byte_fallback=True), "byte_fallback"),
+        (lambda p: p["model"].update(ignore_merges=True), "ignore_merges"),
+        (lambda p: p.update(decoder={"type": "Metaspace"}), "Metaspace"),
+        (lambda p: p.update(post_processor={"type": "TemplateProcessing"}), "TemplateProcessing"),
+        (lambda p: p["added_tokens"][1].update(lstrip=True), "<s>"),
+        (lambda p: p["added_tokens"].pop(3), "<pad>"),
+        (lambda p: p.pop("model"), "model"),
+    ],
+)
+def test_another_pipeline_is_refused_by_name(bloom_tokenizer, tmp_path, edit, culprit):
+    """A tokenizer that is almost BLOOM's gives ids that are almost right."""
+    with pytest.raises(InputError) as error:
+        load_tokenizer(edited_tokenizer(bloom_tokenizer, tmp_path, edit))
+    assert culprit in message(error) and "tokenizer.json" in message(error)
+
+
+@pytest.fixture(scope="session")
+def baichuan_tokenizer(tmp_path_factory):
+    """A folder with a tokenizer.model of Baichuan's flags: identity normalization, no dummy prefix, byte fallback."""
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TRAINING_TEXT), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=420,
+        byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
+        character_coverage=1.0, minloglevel=2,
+    )  # fmt: skip
+    return folder
+
+
+def test_sentencepiece_follows_the_files_flags(baichuan_tokenizer):
+    """No bos, no eos, no prefix space, white space kept; <unk> pads where the file has no pad."""
+    ours = load_tokenizer(baichuan_tokenizer)
+    assert (ours.bos_id, ours.eos_id, ours.pad_id, ours.vocab_size) == (1, 2, 0, 420)
+    for text in TEXTS:
+        ids = ours.encode(text)
+        assert isinstance(ids, list) and not {1, 2} & set(ids)
+        if "\x00" not in text:
+            assert ours.decode(ids) == text
+
+
+def test_a_folder_without_a_readable_tokenizer_is_named(tmp_path):
+    for name, content in [("nothing", b""), ("tokenizer.json", b"{"), ("tokenizer.json", b"[]"), ("tokenizer.model", b"x")]:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError) as error:
+            load_tokenizer(tmp_path)
+        assert str(tmp_path) in message(error)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parallel text, prompts, batches
+
+
+def write(folder, **files):
+    for name, text in files.items():
+        (folder / name.replace("__", "-").replace("_", ".")).write_bytes(text if isinstance(text, bytes) else text.encode())
+
+
+def test_the_four_forms_give_the_same_pairs(tmp_path):
+    """Columns or sides swapped, a form passed over, lines split at U+2028."""
+    pairs = [("one\u2028line", "eine Zeile"), ("a\x85b", "ab"), ("last", "letzte")]
+    english, german = ("\n".join(side) for side in zip(*pairs))
+    items = [{"translation": {"de": target, "en": source}} for source, target in pairs]
+    write(tmp_path, two_en__de_en=english, two_en__de_de=german + "\n", many_en=english, many_de=german + "\r\n",
+          tab_en__de_tsv="".join(f"{source}\t{target}\n" for source, target in pairs),
+          list_de__en_json=json.dumps(items), lines_de__en_json="\n".join(map(json.dumps, items)) + "\n")  # fmt: skip
+    for split in ("two", "many", "tab", "list", "lines"):
+        assert read_parallel(tmp_path, split, "en-de") == pairs
+        assert read_parallel(tmp_path, split, "de-en") == [pair[::-1] for pair in pairs]
+        assert list_pairs(tmp_path, split) == ["de-en", "en-de"]
+
+
+def test_the_exact_order_is_read_before_the_reverse(tmp_path):
+    """WMT's test.de-en and test.en-de are different texts."""
+    write(tmp_path, test_de__en_de="d1", test_de__en_en="e1", test_en__de_de="d2", test_en__de_en="e2", test_en="e", test_fr="f")
+    assert read_parallel(tmp_path, "test", "de-en") == [("d1", "e1")]
+    assert read_parallel(tmp_path, "test", "en-de") == [("e2", "d2")]
+    assert list_pairs(tmp_path, "test") == ["de-en", "en-de", "en-fr", "fr-en"]
+
+
+def test_empty_sides_are_skipped_and_counted(tmp_path, capsys):
+    write(tmp_path, train_en="a\n\nc\nd\n", train_de="A\nB\n \nD\n")
+    assert read_parallel(tmp_path, "train", "en-de") == [("a", "A"), ("d", "D")]
+    assert "skipped 2 of 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "files, pair, culprits",
+    [
+        (dict(train_en="a\nb\n", train_de="A\n"), "en-de", ["train.en has 2 lines", "train.de has 1"]),
+        (dict(train_en=b"a\n\xff\n", train_de="A\nB\n"), "en-de", ["train.en", "line 2 of 2", "UTF-8"]),
+        (dict(train_en="a\n"), "en-de", ["no train text for en-de", "one side, but no train.de"]),
+        (dict(train_en__de_en="a\n"), "de-en", ["one side, but no train.en-de.de"]),
+        (dict(train_en="a\n", train_fr="b\n"), "en-de", ["pairs found: en-fr, fr-en"]),
+        (dict(train_en__de_tsv="a\tb\nc\n"), "en-de", ["train.en-de.tsv", "line 2 of 2", "1 tab-separated"]),
+        (dict(train_en__de_json="[{}]"), "en-de", ["train.en-de.json", "item 1 of 1", "en and de"]),
+        (dict(train_en__de_json='{"translation": {"en": "a", "de": 7}}'), "en-de", ["item 1 of 1"]),
+        (dict(train_en__de_json="nonsense"), "en-de", ["train.en-de.json", "JSON"]),
+        (dict(train_en="a\n", train_xx="b\n"), "en-xx", ["'xx'", "LANGUAGES in data.py"]),
+        ({}, "ende", ["'ende'", "en-de"]),
+        ({}, "en-en", ["'en-en'"]),
+    ],
+)
+def test_bad_text_ends_in_one_line(tmp_path, files, pair, culprits):
+    write(tmp_path, **files)
+    with pytest.raises(InputError) as error:
+        read_parallel(tmp_path, "train", pair)
+    assert all(culprit in message(error) for culprit in culprits)
+
+
+def test_a_missing_data_folder_is_named(tmp_path):
+    with pytest.raises(InputError) as error:
+        read_parallel(tmp_path / "nowhere", "train", "en-de")
+    assert "nowhere: no train text" in message(error)
+
+
+class Letters:
+    """A tokenizer of one id a character."""
+
+    eos_id, pad_id = 2, 3
+    encode = staticmethod(lambda text: [ord(c) for c in text])
+
+
+def test_rendered_prompt_and_target():
+    """Prompt and target tokenized together would merge across the boundary; eos belongs to the target."""
+    prompt, target = render(Letters, "en-de", "A {house}", "Ein Haus")
+    text = "Translate this from English to German:\nEnglish: A {house}\nGerman:"
+    assert prompt == Letters.encode(text)
+    assert target == [*Letters.encode(" Ein Haus"), 2]
+    assert render(Letters, "en-de", "A {house}") == (prompt, [])
+
+
+def test_batches_by_hand():
+    """Labels shifted twice or not at all; eos as an input; the last prompt token without its target."""
+    (batch,) = make_batches([([5, 6], [7, 8, 2]), ([9], [2]), ([4, 4, 4], [])], pad_id=3, tokens_per_batch=100)
+    assert batch.ids.tolist() == [[5, 6, 7, 8], [4, 4, 4, 3], [9, 3, 3, 3]]
+    assert batch.mask.tolist() == [[True] * 4, [True, True, True, False], [True, False, False, False]]
+    assert batch.targets.tolist() == [[-100, 7, 8, 2], [-100] * 4, [2, -100, -100, -100]]
+
+
+def test_batches_hold_every_example_once_and_keep_to_size():
+    rng = random.Random(0)
+    examples = [([i] * rng.randint(1, 30), [i, 2]) for i in range(4, 204)]
+    for seed in (None, 1):
+        batches = list(make_batches(examples, 3, tokens_per_batch=64, seed=seed))
+        assert sorted(row[0] for batch in batches for row in batch.ids.tolist()) == list(range(4, 204))
+        assert all(batch.ids.numel() <= 64 for batch in batches)
+    padding = sum(int((~batch.mask).sum()) for batch in batches)
+    assert padding < 0.1 * sum(batch.ids.numel() for batch in batches)
+    ids = lambda seed: [batch.ids.tolist() for batch in make_batches(examples, 3, 64, seed=seed)]
+    assert ids(1) == ids(1) != ids(2)
+    (long,) = make_batches([([4] * 100, [])], 3, tokens_per_batch=64)
+    assert long.ids.shape == (1, 100)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Real input, where it is there
+
+
+@pytest.mark.skipif(not (SHARED / "checkpoints/bloom-mini").exists(), reason="no ../shared/checkpoints/bloom-mini")
+def test_a_real_checkpoint_translates_as_in_transformers():
+    transformers = pytest.importorskip("transformers")
+    folder = SHARED / "checkpoints/bloom-mini"
+    ours = load_model(folder, dtype=torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = load_tokenizer(folder)
+    sources = [source for source, _ in read_parallel(SHARED / "data/multi30k", "valid", "en-de")[:8]]
+    prompts = [render(tokenizer, "en-de", source) for source in sources]
+    (batch,) = make_batches(prompts, tokenizer.pad_id, 10**6)
+    assert_close(ours(batch.ids, batch.mask), theirs(batch.ids, attention_mask=batch.mask.long()).logits, batch.mask)
+    new = ours.generate(batch.ids, batch.mask, 48, tokenizer.eos_id)
+    for ids, mask, found in zip(batch.ids, batch.mask, new):
+        expected = theirs.generate(ids[mask][None], max_new_tokens=48, do_sample=False)[0, mask.sum() :].tolist()
+        assert found == [token for token in expected if token != tokenizer.eos_id]
+
+
+@pytest.mark.parametrize("name", ["bloom-style-16k", "baichuan-style-16k"])
+@pytest.mark.skipif(not (SHARED / "tokenizers").exists(), reason="no ../shared/tokenizers")
+def test_real_tokenizers_agree_with_the_libraries(name):
+    ours = load_tokenizer(SHARED / "tokenizers" / name)
+    if name.startswith("bloom"):
+        tokenizers = pytest.importorskip("tokenizers")
+        theirs = tokenizers.Tokenizer.from_file(str(SHARED / "tokenizers" / name / "tokenizer.json"))
+        encode = lambda text: theirs.encode(text).ids
+    else:
+        theirs = sentencepiece.SentencePieceProcessor(model_file=str(SHARED / "tokenizers" / name / "tokenizer.model"))
+        encode = theirs.encode
+    for code in ("en", "de", "fr", "it", "ar", "zh"):
+        for line in data.read_lines(SHARED / "data/flores200" / f"test.{code}"):
+            ids = ours.encode(line)
+            assert ids == encode(line) and ours.decode(ids) == line
