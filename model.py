@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -335,6 +336,11 @@ class Attention(nn.Module):
         return self.output(mixed.transpose(1, 2).reshape(B, T, D))
 
 
+def activation(up, gate=None):
+    """The neurons' activations h, what down reads: gated SiLU (Baichuan) or tanh-GELU (BLOOM). [.., F] -> [.., F]"""
+    return F.gelu(up, approximate="tanh") if gate is None else F.silu(gate) * up
+
+
 class FFN(nn.Module):
     """Feed-forward layer. Neuron i is row i of up (and gate) and column i of down; the layer is a sum over neurons."""
 
@@ -344,15 +350,9 @@ class FFN(nn.Module):
         self.up = nn.Linear(config.hidden_size, config.ffn_size, bias=config.bias)
         self.down = nn.Linear(config.ffn_size, config.hidden_size, bias=config.bias)
 
-    def activations(self, x):
-        """The neurons' activations h, what down reads. [B, T, D] -> [B, T, F]"""
-        if self.gate is not None:
-            return F.silu(self.gate(x)) * self.up(x)
-        return F.gelu(self.up(x), approximate="tanh")
-
     def forward(self, x):
         """[B, T, D] -> [B, T, D]"""
-        return self.down(self.activations(x))
+        return self.down(activation(self.up(x), None if self.gate is None else self.gate(x)))
 
 
 class Block(nn.Module):
@@ -415,6 +415,7 @@ class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.checkpointing = False  # recompute each block in the backward pass instead of keeping its activations
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embedding_norm = make_norm(config) if config.embedding_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
@@ -443,7 +444,10 @@ class Decoder(nn.Module):
         rotary = self.config.positions == "rotary"
         angles = rotary_angles(self.config, mask, ids.shape[1], keys, ids.device) if rotary else None
         for layer, block in enumerate(self.blocks):
-            x = block(x, bias, angles, cache, layer)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, bias, angles, use_reentrant=False)
+            else:
+                x = block(x, bias, angles, cache, layer)
         if cache is not None:
             cache.length = keys
         return self.final_norm(x)
