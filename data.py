@@ -5,13 +5,14 @@
     examples = [render(tokenizer, "en-de", source, target) for source, target in pairs]
     for ids, mask, targets in make_batches(examples, tokenizer.pad_id, tokens_per_batch=4096): ...
 
-In this file: the two tokenizers; languages and the prompt; parallel text; batches.
+In this file: the two tokenizers; languages and the prompt; parallel text; batches; toy languages for the demo.
 """
 
 import json
 import random
 import re
 import sys
+from collections import Counter
 from functools import lru_cache
 from heapq import heapify, heappop, heappush
 from itertools import permutations
@@ -186,7 +187,7 @@ def load_tokenizer(folder):
 # Languages and the prompt
 
 
-# The languages of BLOOM, the WMT news tasks and FLORES' largest, by code.
+# The languages of BLOOM, the WMT news tasks and FLORES' largest, by code; last, the toy languages of the demo.
 LANGUAGES = dict(entry.split("=") for entry in """
     af=Afrikaans ak=Akan am=Amharic ar=Arabic as=Assamese bg=Bulgarian bm=Bambara bn=Bengali ca=Catalan cs=Czech
     da=Danish de=German el=Greek en=English es=Spanish et=Estonian eu=Basque fa=Persian fi=Finnish fon=Fon fr=French
@@ -197,6 +198,7 @@ LANGUAGES = dict(entry.split("=") for entry in """
     ro=Romanian ru=Russian rw=Kinyarwanda sk=Slovak sl=Slovenian sn=Shona sq=Albanian sr=Serbian st=Sesotho sv=Swedish
     sw=Swahili ta=Tamil te=Telugu th=Thai tl=Tagalog tn=Setswana tr=Turkish ts=Tsonga tum=Tumbuka tw=Twi uk=Ukrainian
     ur=Urdu vi=Vietnamese wo=Wolof xh=Xhosa yo=Yoruba zh=Chinese zu=Zulu
+    qaa=Avari qab=Belun qac=Corith qad=Dorva
 """.split())  # fmt: skip
 
 PROMPT = "Translate this from {source_language} to {target_language}:\n{source_language}: {source}\n{target_language}:"
@@ -213,15 +215,19 @@ def split_pair(pair):
     return codes[0], codes[1]
 
 
+def prompt(pair, source):
+    """The one prompt of training and evaluation. "en-de", "A house." -> "Translate this from English to German: ..." """
+    source_language, target_language = (LANGUAGES[code] for code in split_pair(pair))
+    return PROMPT.format(source_language=source_language, target_language=target_language, source=source)
+
+
 def render(tokenizer, pair, source, target=None):
     """A translation example: (prompt ids, target ids). The target's end in eos; [] for None.
 
     Prompt and target are tokenized apart and joined, in training as in generation: no merge crosses the boundary.
     """
-    source_language, target_language = (LANGUAGES[code] for code in split_pair(pair))
-    prompt = PROMPT.format(source_language=source_language, target_language=target_language, source=source)
     target_ids = [] if target is None else [*tokenizer.encode(f" {target}"), tokenizer.eos_id]
-    return tokenizer.encode(prompt), target_ids
+    return tokenizer.encode(prompt(pair, source)), target_ids
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -373,3 +379,136 @@ def make_batches(examples, pad_id, tokens_per_batch, seed=None):
         random.Random(seed).shuffle(groups)
     for group in groups:
         yield make_batch([examples[i] for i in group], pad_id)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Toy languages for the demo, and a tokenizer to go with them
+
+
+class ToyLanguage(NamedTuple):
+    """What tells one toy language from another, besides its words."""
+
+    order: str  # of subject S, verb V, object O and place P
+    adjective_first: bool  # before its noun
+    consonants: str  # that its words are made of; the vowels are everyone's
+    past: str  # endings: of a verb in the past,
+    plural: str  # of a noun that is many,
+    cases: dict  # and, after that, of a noun by its part in the sentence
+
+
+# By their private-use codes of ISO 639.
+TOY_LANGUAGES = {
+    "qaa": ToyLanguage("SVOP", True, "bdfglmst", past="ed", plural="s", cases=dict(S="", O="", P="in")),
+    "qab": ToyLanguage("PSOV", True, "hjkmnprt", past="ta", plural="ler", cases=dict(S="", O="u", P="da")),
+    "qac": ToyLanguage("VSOP", False, "cdlnrsvz", past="it", plural="i", cases=dict(S="um", O="em", P="ob")),
+    "qad": ToyLanguage("OVSP", False, "bghkpvwy", past="ak", plural="en", cases=dict(S="ar", O="", P="il")),
+}
+NOUNS, VERBS, ADJECTIVES = 20, 10, 6
+
+
+def toy_words(code):
+    """A toy language's stems, all different. "qaa" -> {"noun": ["gide", "fafe", ...], "verb": ..., "adjective": ...}"""
+    rng = random.Random(code)
+    consonants = TOY_LANGUAGES[code].consonants
+    syllables = [consonant + vowel for consonant in consonants for vowel in "aeiou"]
+    stems = rng.sample([first + second for first in syllables for second in syllables], NOUNS + VERBS + ADJECTIVES)
+    return dict(noun=stems[:NOUNS], verb=stems[NOUNS:-ADJECTIVES], adjective=stems[-ADJECTIVES:])
+
+
+def toy_meaning(rng):
+    """What a sentence says, by its parts: S, O and perhaps P are (noun, plural, adjective or None), V is (verb, past).
+
+    "big dogs saw a cat" might be {"S": (3, True, 1), "O": (5, False, None), "V": (2, True)}: numbers into toy_words.
+    """
+    parts = "SOP" if rng.random() < 0.5 else "SO"
+    meaning = {
+        part: (noun, rng.random() < 0.5, rng.randrange(ADJECTIVES) if rng.random() < 0.5 else None)
+        for part, noun in zip(parts, rng.sample(range(NOUNS), len(parts)))
+    }
+    return meaning | {"V": (rng.randrange(VERBS), rng.random() < 0.5)}
+
+
+def toy_sentence(code, words, meaning, pidgin=False):
+    """Say a meaning in a toy language, whose words are toy_words(code); in pidgin, number and tense are left unsaid.
+
+    "qaa", the meaning in toy_meaning -> "dida sesas gelied lefa."; in pidgin "dida sesa geli lefa."
+    """
+    language, said = TOY_LANGUAGES[code], []
+    for part in language.order:
+        if part == "V":
+            verb, past = meaning["V"]
+            said.append(words["verb"][verb] + language.past * (past and not pidgin))
+        elif part in meaning:
+            noun, plural, adjective = meaning[part]
+            phrase = [words["noun"][noun] + language.plural * (plural and not pidgin) + language.cases[part]]
+            if adjective is not None:
+                phrase.insert(0 if language.adjective_first else 1, words["adjective"][adjective])
+            said += phrase
+    return " ".join(said) + "."
+
+
+def toy_meanings(size, seed):
+    """`size` different meanings, in a list: its slices share no sentence."""
+    rng = random.Random(seed)
+    meanings = {}  # by their text, so that a repeated one is kept once
+    while len(meanings) < size:
+        meaning = toy_meaning(rng)
+        meanings[str(meaning)] = meaning
+    return list(meanings.values())
+
+
+def toy_text(meanings, pidgin=0.0):
+    """Multi-way text: each meaning, said in every toy language. -> {"qaa": [sentence, ...], "qab": [...], ...}
+
+    pidgin: the share of sentences, drawn in each language by itself, that are in pidgin.
+    """
+    text = {}
+    for code in TOY_LANGUAGES:
+        rng, words = random.Random(code), toy_words(code)
+        text[code] = [toy_sentence(code, words, meaning, rng.random() < pidgin) for meaning in meanings]
+    return text
+
+
+def train_bpe(lines, vocab_size):
+    """Contents of a tokenizer.json like BLOOM's: merge the most frequent pair, over and over (Sennrich et al. 2016).
+
+    Ids: four special tokens, 256 bytes, then the merges, fewer than vocab_size allows where all pieces are whole.
+    """
+    special = ["<unk>", "<s>", "</s>", "<pad>"]
+    characters = byte_characters()
+    counts = Counter(piece for line in lines for piece in PIECE.split(line))
+    words = {tuple(characters[byte] for byte in piece.encode()): count for piece, count in counts.items()}
+    vocabulary = {token: id for id, token in enumerate([*special, *sorted(characters.values())])}
+    merges = []
+    while len(vocabulary) < vocab_size:
+        pairs = Counter()
+        for word, count in words.items():
+            for pair in zip(word, word[1:]):
+                pairs[pair] += count
+        if not pairs:
+            break
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))  # the pair itself decides ties
+        merges.append(best)
+        vocabulary.setdefault("".join(best), len(vocabulary))  # two merges may spell the same token
+        merged = {}
+        for word, count in words.items():
+            symbols = []
+            for symbol in word:
+                if symbols and (symbols[-1], symbol) == best:
+                    symbols[-1] += symbol
+                else:
+                    symbols.append(symbol)
+            merged[tuple(symbols)] = count
+        words = merged
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": BLOOM_SPLIT}, "behavior": "Isolated", "invert": False}
+    return {
+        "version": "1.0",
+        "added_tokens": [{"id": id, "content": token, **flags, "special": True} for id, token in enumerate(special)],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": byte_level | {"add_prefix_space": True, "trim_offsets": False},
+        "decoder": byte_level | {"add_prefix_space": True, "use_regex": True},
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": merges},
+    }

@@ -26,7 +26,8 @@ Where this differs from the paper, and why:
 Letters: B sentences, T tokens, D hidden size, F neurons of one feed-forward layer, V vocabulary, L layers, P pairs,
 K selected layers.
 
-In this file, in the order of the method: settings; layers; neurons; groups; routing; training; evaluation; a run.
+In this file, in the order of the method: settings; layers; neurons; groups; routing; training; evaluation; a run; the
+demo.
 """
 
 import argparse
@@ -34,11 +35,12 @@ import json
 import math
 import random
 import shlex
+import shutil
 import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
-from itertools import islice, zip_longest
+from itertools import chain, count, islice, permutations, zip_longest
 from pathlib import Path
 
 import torch
@@ -47,8 +49,13 @@ from sacrebleu.metrics import BLEU, CHRF
 from safetensors.torch import save_file
 from torch import nn
 
-from data import list_pairs, load_tokenizer, make_batches, read_lines, read_parallel, render, split_pair
-from model import InputError, activation, exit_status, load_model, open_safetensors, read_json, replacing
+from data import (
+    LANGUAGES, TOY_LANGUAGES, list_pairs, load_tokenizer, make_batches, prompt, read_lines, read_parallel, render, split_pair,
+    toy_meanings, toy_text, train_bpe,
+)  # fmt: skip
+from model import (
+    Config, Decoder, InputError, activation, exit_status, load_model, open_safetensors, read_json, replacing, save_model,
+)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -796,10 +803,77 @@ def translate(settings):
     tokenizer, model = load_tokenizer(weights), load_model(weights, device, dtype)
     install_routing(model, read_json(folder / "neurons.json"), not args.no_routing)
     load_parameters(folder / "tuned.safetensors", read_tensors(folder / "tuned.safetensors"), trained_parameters(model))
-    if settings.pair not in args.pair.split(","):
+    if not any(settings.pair in ffn.specific for ffn in routed_layers(model).values()):
         print(f"{settings.pair} was not tuned in {folder} ({args.pair}): general neurons, no routing", file=sys.stderr)
     for line in translate_lines(model, tokenizer, settings.pair, sources, settings, "translating"):
         say(line)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The demo
+
+
+# Meanings, all different: those that the toy checkpoint is pretrained on, then those of the splits.
+PRETRAINING_SENTENCES, SPLIT_SENTENCES = 3000, dict(train=3000, valid=100, test=100)
+PIDGIN = 0.7  # of the pretraining text leaves number and tense unsaid; over a half, so that greedy search does, too
+DEMO_MODEL = dict(model_type="bloom", n_embed=64, n_layer=6, n_head=4, bos_token_id=1, eos_token_id=2, pad_token_id=3)
+DEMO_SETTINGS = dict(pair="qaa-qab", layers=4, lr=1e-2, batch=20, eval_pairs="all", score_sentences=200)
+PRETRAINING_STEPS, PRETRAINING_RATE, PRETRAINING_TOKENS = 1500, 3e-3, 1024
+
+
+def pretrain(folder, text):
+    """Train a tiny BLOOM from scratch to translate in every direction of multi-way text; write it as published ones are.
+
+    text: language code -> sentences, line by line translations of each other.
+    """
+    pairs = [f"{source}-{target}" for source, target in permutations(text, 2)]
+    rows = [(pair, *row) for pair in pairs for row in zip(*(text[code] for code in split_pair(pair)))]
+    random.Random(0).shuffle(rows)  # make_batches keeps this order among equal lengths: directions are mixed
+    write_json(folder / "tokenizer.json", train_bpe((prompt(pair, source) for pair, source, _ in rows), vocab_size=512))
+    tokenizer = load_tokenizer(folder)
+    examples = [render(tokenizer, *row) for row in rows]
+
+    model = Decoder(Config.from_json(DEMO_MODEL | {"vocab_size": tokenizer.vocab_size}))
+    for parameter in model.blocks.parameters():
+        if parameter.dim() == 2:
+            nn.init.normal_(parameter, std=0.1)  # 0.02 is for hidden sizes in the thousands, and learns slowly here
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), fused=True)
+    epochs = (make_batches(examples, tokenizer.pad_id, PRETRAINING_TOKENS, seed) for seed in count())
+    progress = Progress("pretraining", PRETRAINING_STEPS, "steps")
+    for step, batch in enumerate(islice(chain.from_iterable(epochs), PRETRAINING_STEPS)):
+        optimizer.param_groups[0]["lr"] = learning_rate(step, PRETRAINING_STEPS, PRETRAINING_RATE)
+        loss, _ = train_step(model, [batch], optimizer, model.parameters())
+        progress.add(1, f", loss {loss:.3f}")
+    save_model(model, folder)
+
+
+def demo(settings):
+    """Build toy languages and a weak toy checkpoint, then run the method on them like on any other."""
+    folder = Path(settings.out or "runs/demo")
+    defaults = asdict(Settings())
+    given = {name: value for name, value in asdict(settings).items() if value != defaults[name]}
+    if "data" in given:
+        raise InputError("--data needs --weights; the demo makes its own text")
+    chosen = DEMO_SETTINGS | given | dict(weights=str(folder / "weights"), data=str(folder / "data"), out=str(folder / "run"))
+    for pair in chosen["pair"].split(","):
+        if not set(split_pair(pair)) <= set(TOY_LANGUAGES):
+            raise InputError(f"the demo has no text for {pair}, only for {', '.join(TOY_LANGUAGES)}; --weights and --data name your own")
+    if not settings.resume:
+        shutil.rmtree(folder / "run", ignore_errors=True)
+        say("No --weights, so this is the demo. It makes up four languages out of one grammar:")
+        meanings = toy_meanings(PRETRAINING_SENTENCES + sum(SPLIT_SENTENCES.values()), seed=0)
+        for code, (sentence, *_) in toy_text(meanings[:1]).items():
+            say(f"  {code} {LANGUAGES[code]}: {sentence}")
+        first = PRETRAINING_SENTENCES
+        for split, size in SPLIT_SENTENCES.items():
+            for code, sentences in toy_text(meanings[first : first + size]).items():
+                with replacing(folder / "data" / f"{split}.{code}") as path:
+                    path.write_text("".join(f"{sentence}\n" for sentence in sentences), encoding="utf-8")
+            first += size
+        say("pretrains a tiny BLOOM to translate in all twelve directions, from text that mostly leaves endings out,")
+        pretrain(folder / "weights", toy_text(meanings[:PRETRAINING_SENTENCES], PIDGIN))
+        say(f"writes it to {folder / 'weights'} as published checkpoints are, and tunes it for {chosen['pair']} on good text.\n")
+    run(Settings(**chosen))
 
 
 def main(argv=None):
@@ -810,7 +884,7 @@ def main(argv=None):
         settings = parse_settings(argv)
         torch.manual_seed(settings.seed)
         try:
-            (translate if settings.translate else run)(settings)
+            (translate if settings.translate else run if settings.weights else demo)(settings)
         except KeyboardInterrupt:
             if not settings.translate:
                 words = ["python", "lander.py", *argv, *["--resume"] * (not settings.resume)]

@@ -10,8 +10,10 @@ tokenizers; parallel text and batches.
 import itertools
 import json
 import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import data
+import lander
 import model
 from data import list_pairs, load_tokenizer, make_batches, read_parallel, render
 from model import Config, Decoder, Family, InputError, load_model, save_model
@@ -801,6 +804,616 @@ def test_batches_hold_every_example_once_and_keep_to_size():
     assert ids(1) == ids(1) != ids(2)
     (long,) = make_batches([([4] * 100, [])], 3, tokens_per_batch=64)
     assert long.ids.shape == (1, 100)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The method: layers and neurons
+
+
+def random_examples(count, vocabulary=90, seed=0, longest=9):
+    rng = random.Random(seed)
+    ids = lambda: [rng.randrange(4, vocabulary) for _ in range(rng.randint(2, longest))]
+    return [(ids(), [*ids(), 2]) for _ in range(count)]
+
+
+def left_padded(batch):
+    """The same batch with its padding on the left."""
+    order = batch.mask.long().argsort(dim=1, stable=True)
+    return data.Batch(*(tensor.gather(1, order) for tensor in batch))
+
+
+def test_layer_scores_equal_a_loop_over_prompts():
+    """Padding counted, the mean of all tokens instead of the mean of prompts' means, a block's input for its output."""
+    decoder = tiny_decoder("rotary")
+    prompts = [(prompt, []) for prompt, _ in random_examples(7)]
+    expected = torch.zeros(3)
+    for prompt, _ in prompts:
+        x = decoder.embedding(torch.tensor([prompt]))
+        angles = model.rotary_angles(decoder.config, None, len(prompt), len(prompt), "cpu")
+        for layer, block in enumerate(decoder.blocks):
+            x = block(x, None, angles)
+            expected[layer] += x.mean().item() / len(prompts)
+    for tokens in (1, 20, 1000):
+        means = lander.activation_means(decoder, make_batches(prompts, 3, tokens))
+        assert torch.allclose(means, expected, rtol=1e-5, atol=1e-6)
+    (batch,) = make_batches(prompts, 3, 1000)
+    assert torch.allclose(lander.activation_means(decoder, [left_padded(batch)]), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_layer_selection_by_hand():
+    """diff[l] scoring layer l instead of l + 1; ties to the higher layer; the first layer selected."""
+    differences = lander.layer_differences(torch.tensor([0.0, 2.0, 1.0, 3.0, 3.5]))
+    assert differences.tolist() == [2.0, 1.0, 2.0, 0.5]
+    assert lander.select_layers(differences, 1) == [1]
+    assert lander.select_layers(differences, 2) == [1, 3]
+    assert lander.select_layers(differences, 4) == [1, 2, 3, 4]
+    with pytest.raises(InputError):
+        lander.select_layers(differences, 5)
+
+
+def brute_force_awareness(decoder, examples, layers):
+    """|h * dL/dh| per sentence and token, with every weight taking part in autograd and one leaf a layer."""
+    sums, tokens = 0, 0
+    for prompt, target in examples:
+        kept = {}
+        hooks = []
+        for layer in layers:
+            def keep(module, inputs, layer=layer):
+                inputs[0].retain_grad()
+                kept[layer] = inputs[0]
+            hooks.append(decoder.blocks[layer].ffn.down.register_forward_pre_hook(keep))
+        logits = decoder(torch.tensor([prompt + target[:-1]]))[0].log_softmax(-1)
+        loss = -sum(logits[len(prompt) - 1 + i, token] for i, token in enumerate(target))
+        loss.backward()
+        for hook in hooks:
+            hook.remove()
+        sums = sums + torch.stack([(kept[layer] * kept[layer].grad)[0].abs().sum(0).detach() for layer in layers])
+        tokens += len(prompt) + len(target) - 1
+    decoder.zero_grad()
+    return sums / tokens
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_awareness_equals_brute_force(kind):
+    """Labels shifted twice, a mean loss, the absolute value of a sum, padding counted; frozen weights without a graph."""
+    decoder = tiny_decoder(kind)
+    examples = random_examples(9)
+    for layers in ([0, 1], [1], [1, 0]):
+        expected = brute_force_awareness(decoder, examples, layers)
+        for frozen in (False, True):
+            decoder.requires_grad_(not frozen)
+            for batches in (
+                make_batches(examples, 3, 1),
+                make_batches(examples[::-1], 3, 30, seed=1),
+                make_batches(examples, 3, 10**6),
+                map(left_padded, make_batches(examples, 3, 60)),
+            ):
+                scores = lander.neuron_awareness(decoder, batches, layers)
+                assert scores.shape == expected.shape and scores.dtype == torch.float32
+                assert torch.allclose(scores, expected, rtol=1e-3, atol=1e-5 * expected.max().item())
+        decoder.requires_grad_(True)
+    assert all(parameter.grad is None for parameter in decoder.parameters())
+
+
+def rank_correlation(a, b):
+    a, b = (x.argsort().argsort().double() for x in (a, b))
+    return torch.corrcoef(torch.stack([a, b]))[0, 1].item()
+
+
+def copying_decoder():
+    """A small model trained to repeat its prompt, and examples of that: a loss that neurons really matter for."""
+    torch.manual_seed(0)
+    decoder = Decoder(tiny_config("bloom", vocabulary=24))
+    rng = random.Random(0)
+    words = [[rng.randrange(4, 24) for _ in range(4)] for _ in range(600)]
+    examples = [([*word, 0], [*word, 2]) for word in words]
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=3e-3)
+    for step in range(300):
+        (batch,) = make_batches(rng.sample(examples, 32), 3, 10**6)
+        (lander.target_loss(decoder, batch) / (batch.targets != -100).sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return decoder, examples[:64]
+
+
+def test_awareness_predicts_the_damage_of_removing_a_neuron():
+    """A score that ranks neurons by anything else than what they do to the loss."""
+    decoder, examples = copying_decoder()
+    (batch,) = make_batches(examples, 3, 10**6)
+    ffn = decoder.blocks[1].ffn
+
+    @torch.no_grad()
+    def sentence_losses():
+        logits = decoder(batch.ids).transpose(1, 2)
+        return F.cross_entropy(logits, batch.targets, reduction="none").sum(1)
+
+    (scores,) = lander.neuron_awareness(decoder, [batch], [1])
+    whole, damage = sentence_losses(), []
+    for neuron in range(len(scores)):
+        hook = ffn.down.register_forward_pre_hook(lambda down, inputs: (inputs[0].index_fill(-1, torch.tensor(neuron), 0),))
+        damage.append((sentence_losses() - whole).abs().mean())
+        hook.remove()
+    correlation = rank_correlation(scores, torch.stack(damage))
+    print(f"rank correlation of awareness and damage: {correlation:.3f}")
+    assert correlation > 0.8
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The method: groups and routing
+
+TABLE = torch.tensor([[[1.0, 1, 1, 1, 6], [2, 2, 2, 2, 2]], [[30, 10, 10, 10, 40], [1, 2, 2, 2, 3]]])  # [2, 2, 5]
+
+
+def test_categorization_by_hand():
+    """Scaled, the rows of layer 0 are .5 .5 .5 .5 3 and 1.5 .5 .5 .5 2; unscaled, pair 1 would own everything."""
+    owner = lander.categorize(TABLE, epsilon=0.6)
+    assert owner.tolist() == [[1, -1, -1, -1, 0], [0, -1, -1, -1, 1]]
+    assert owner.dtype == torch.long
+    assert lander.categorize(TABLE, epsilon=1.0).eq(-1).all()
+    assert lander.categorize(TABLE, epsilon=0.8).tolist() == [[1, -1, -1, -1, -1], [0, -1, -1, -1, -1]]
+    assert lander.categorize(TABLE, epsilon=0.0).ge(0).all()
+
+
+def test_every_neuron_is_in_exactly_one_group():
+    awareness = torch.rand(5, 3, 200, generator=torch.Generator().manual_seed(0))
+    owner = lander.categorize(awareness, epsilon=0.9)
+    assert owner.shape == (3, 200) and (owner != -1).sum(1).tolist() == [20, 20, 20]
+    pairs = ["en-de", "de-en", "en-fr", "fr-en", "en-cs"]
+    groups = lander.describe_groups(awareness, owner, pairs, {"en-de": [4, 7], "fr-en": [7, 9]})
+    assert list(groups) == ["4", "7", "9"]
+    assert [list(group["share"]) for group in groups.values()] == [["en-de"], ["en-de", "fr-en"], ["fr-en"]]
+    for group in groups.values():
+        listed = [i for own in group["specific"].values() for i in own]
+        assert len(listed) == len(set(listed)) == 20
+
+
+def test_one_pair_is_an_error():
+    with pytest.raises(InputError) as error:
+        lander.categorize(torch.rand(1, 2, 10), 0.9)
+    assert "training text of two pairs" in message(error)
+
+
+def test_share_by_hand():
+    """Layer 0 of the table: pair 1 has 1.5 on its own neuron and a mean of .5 on the general ones."""
+    owner = lander.categorize(TABLE, epsilon=0.6)
+    groups = lander.describe_groups(TABLE, owner, ["en-de", "de-en"], {"de-en": [3, 5]})
+    assert groups["3"] == {"specific": {"en-de": [4], "de-en": [0]}, "share": {"de-en": 0.75}}
+    nothing = lander.describe_groups(TABLE, lander.categorize(TABLE, 0.8), ["en-de", "de-en"], {"en-de": [3, 5]})
+    assert nothing["3"]["share"] == {"en-de": None}
+
+
+PAIRS = ["en-de", "fr-en", "en-cs"]
+
+
+def random_groups(decoder, selected, seed=0):
+    layers = sorted({layer for own in selected.values() for layer in own})
+    awareness = torch.rand(3, len(layers), decoder.config.ffn_size, generator=torch.Generator().manual_seed(seed))
+    return lander.describe_groups(awareness, lander.categorize(awareness, 0.7), PAIRS, selected)
+
+
+@pytest.mark.parametrize("routing", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_freshly_routed_model_is_the_pretrained_one(kind, routing):
+    """A neuron in two groups or none, a bias counted twice, factors that do not start at one."""
+    decoder = tiny_decoder(kind)
+    ids, mask = padded_ids(90, "left")
+    expected = decoder(ids, mask)
+    lander.install_routing(decoder, random_groups(decoder, {"en-de": [0, 1], "fr-en": [1]}), routing)
+    for pair in (None, *PAIRS):
+        lander.route(decoder, pair)
+        assert_close(decoder(ids, mask), expected, mask)
+
+
+@pytest.mark.parametrize("kind", ["bloom", "rotary"])
+def test_routing_follows_the_equation(kind):
+    """The factor on the output, on the bias, or on the wrong group; w_p of another pair."""
+    decoder = tiny_decoder(kind)
+    ffn = decoder.blocks[0].ffn
+    groups = random_groups(decoder, {"en-de": [0], "fr-en": [0]})
+    specific, share = groups["0"]["specific"], groups["0"]["share"]
+    x = torch.randn(2, 3, ffn.up.in_features, generator=torch.Generator().manual_seed(1))
+    routed = lander.RoutedFFN(ffn, specific, share)
+    for pair in share:
+        torch.manual_seed(2)
+        routed.router[pair].data.normal_()
+        w, s = routed.router[pair].data, share[pair]
+        car = 1 / (1 + torch.exp(-(x @ w + torch.log(torch.tensor(s / (1 - s))))))[..., None]
+        owned = torch.zeros(ffn.up.out_features, dtype=torch.bool)
+        owned[specific[pair]] = True
+        general = torch.ones_like(owned)
+        general[[i for own in specific.values() for i in own]] = False
+        factor = torch.ones(2, 3, ffn.up.out_features)
+        factor = torch.where(owned, car / s, torch.where(general, (1 - car) / (1 - s), factor))
+        up = factor * (x @ ffn.up.weight.T) + (0 if ffn.up.bias is None else ffn.up.bias)
+        if ffn.gate is None:
+            h = F.gelu(up, approximate="tanh")
+        else:
+            gate = factor * (x @ ffn.gate.weight.T)
+            h = gate * torch.sigmoid(gate) * up
+        routed.pair = pair
+        assert_close(routed(x), ffn.down(h))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The method: training
+
+
+def tunable(kind="bloom", selected={"en-de": [0, 1], "fr-en": [1]}, routing=True):
+    decoder = tiny_decoder(kind)
+    lander.install_routing(decoder, random_groups(decoder, selected), routing)
+    return decoder
+
+
+def adamw(decoder):
+    parameters = lander.trained_parameters(decoder)
+    return parameters, torch.optim.AdamW(parameters.values(), lr=1e-2, weight_decay=0.1, fused=True)
+
+
+def learners(decoder, pair):
+    """Names of what a pair trains, spelled out anew."""
+    learn = set()
+    for name, _ in decoder.named_parameters():
+        layer = int(name.split(".")[1]) if name.startswith("blocks.") else None
+        if layer in {"en-de": [0, 1], "fr-en": [1]}[pair]:
+            learn |= {name} if f".{pair}" in name or ".ffn.general." in name else set()
+    return learn
+
+
+@pytest.mark.parametrize("routing", [True, False])
+@pytest.mark.parametrize("kind", ["bloom", "rotary"])
+def test_only_the_batchs_neurons_move(kind, routing):
+    """A gradient multiplied by zero still lets AdamW decay and move the row; another pair's neurons train along."""
+    decoder = tunable(kind, routing=routing)
+    checkpoint = {name: p.detach().clone() for name, p in decoder.named_parameters()}
+    parameters, optimizer = adamw(decoder)
+    moved_by = {}
+    for pair in ("en-de", "fr-en"):
+        before = {name: p.detach().clone() for name, p in decoder.named_parameters()}
+        for step in range(20):
+            lander.route(decoder, pair)
+            batches = list(make_batches(random_examples(6, seed=step), 3, 40))
+            with_gradient = set()
+            for name, p in decoder.named_parameters():
+                if p.requires_grad:
+                    p.register_post_accumulate_grad_hook(lambda p, name=name: with_gradient.add(name))
+            lander.train_step(decoder, batches, optimizer, parameters.values())
+            assert with_gradient == learners(decoder, pair)
+        assert all(p.grad is None for p in decoder.parameters())
+        moved_by[pair] = {name for name, p in decoder.named_parameters() if not torch.equal(p, before[name])}
+        assert moved_by[pair] == learners(decoder, pair)
+    frozen = {name for name in checkpoint if name not in moved_by["en-de"] | moved_by["fr-en"]}
+    assert len(frozen) > 15
+    assert all(torch.equal(checkpoint[name], decoder.get_parameter(name)) for name in frozen)
+    assert {id(p) for p in optimizer.state} == {id(parameters[name]) for name in moved_by["en-de"] | moved_by["fr-en"]}
+    assert set(parameters) == moved_by["en-de"] | moved_by["fr-en"]
+
+
+def test_frozen_weights_equal_the_checkpoint_bit_for_bit():
+    """Regrouping must not touch what it does not train: the rest group is the checkpoint's own rows, in its own type."""
+    decoder = tiny_decoder("rotary").bfloat16()
+    original = {name: p.detach().clone() for name, p in decoder.named_parameters()}
+    groups = random_groups(decoder, {"en-de": [1]})
+    lander.install_routing(decoder, groups)
+    parameters, optimizer = adamw(decoder)
+    lander.route(decoder, "en-de")
+    for step in range(5):
+        lander.train_step(decoder, list(make_batches(random_examples(4, seed=step), 3, 100)), optimizer, parameters.values())
+    assert {p.dtype for p in parameters.values()} == {torch.float32}
+    others = sorted(groups["1"]["specific"]["fr-en"] + groups["1"]["specific"]["en-cs"])
+    rest = decoder.blocks[1].ffn.rest
+    for part, rows in (("up", rest.up), ("gate", rest.gate), ("down", rest.down.T)):
+        weight = original[f"blocks.1.ffn.{part}.weight"]
+        assert torch.equal(rows, (weight.T if part == "down" else weight)[others]) and rows.dtype == torch.bfloat16
+    for name, p in decoder.named_parameters():
+        if ".ffn." not in name or name.startswith("blocks.0."):
+            assert torch.equal(p, original[name])
+
+
+def test_accumulated_micro_batches_equal_one_batch():
+    """A mean of means weighs the tokens of a short micro-batch more."""
+    examples = random_examples(12)
+    gradients = []
+    for tokens in (10**6, 40):
+        decoder = tunable()
+        lander.route(decoder, "en-de")
+        batches = list(make_batches(examples, 3, tokens))
+        kept = {}
+        for name, p in lander.trained_parameters(decoder).items():
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(lambda p, name=name: kept.update({name: p.grad.clone()}))
+        parameters, optimizer = adamw(decoder)
+        loss, norm = lander.train_step(decoder, batches, optimizer, parameters.values())
+        gradients.append((len(batches), loss, norm, kept))
+    (one, loss, norm, whole), (four, loss_4, norm_4, accumulated) = gradients
+    assert one == 1 and four >= 4
+    assert abs(loss - loss_4) < 1e-5 * loss and abs(norm - norm_4) < 1e-4 * norm
+    for name in whole:
+        assert torch.allclose(whole[name], accumulated[name], rtol=1e-3, atol=1e-5 * whole[name].abs().max().item())
+
+
+def test_checkpointing_changes_no_gradient():
+    """Recomputing a block without its routing or its bias."""
+    gradients = []
+    for checkpointing in (False, True):
+        decoder = tunable()
+        lander.route(decoder, "en-de")
+        decoder.checkpointing = checkpointing
+        (batch,) = make_batches(random_examples(5), 3, 10**6)
+        lander.target_loss(decoder, batch).backward()
+        gradients.append({name: p.grad for name, p in decoder.named_parameters() if p.grad is not None})
+    plain, recomputed = gradients
+    assert set(plain) == set(recomputed) == learners(decoder, "en-de")
+    assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
+
+
+def test_pairs_alternate_and_an_epoch_is_every_example_once():
+    examples = {"en-de": [("a", i) for i in range(7)], "fr-en": [("b", i) for i in range(3)]}
+    steps = list(itertools.islice(lander.schedule(examples, 2, seed=0), 12))
+    assert [pair for pair, _ in steps[:6]] == ["en-de", "fr-en", "en-de", "fr-en", "en-de", "en-de"]
+    for epoch in (steps[:6], steps[6:]):
+        assert sorted(e for _, batch in epoch for e in batch) == sorted(examples["en-de"] + examples["fr-en"])
+    assert steps[:6] != steps[6:], "each epoch is shuffled anew"
+    assert steps == list(itertools.islice(lander.schedule(examples, 2, seed=0), 12))
+
+
+def test_learning_rate_by_hand():
+    rates = [lander.learning_rate(step, 100, 1.0) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2) and rates[4] == rates[5] == 1.0 and rates[99] == pytest.approx(1 / 95)
+    assert max(rates) == 1.0 and lander.learning_rate(0, 1, 1.0) == 1.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A tiny BLOOM checkpoint with a tokenizer, and multi-way text in the toy languages."""
+    folder = tmp_path_factory.mktemp("world")
+    (folder / "data").mkdir()
+    meanings = data.toy_meanings(70, seed=0)
+    splits = {"train": meanings[:40], "valid": meanings[40:50], "test": meanings[50:]}
+    for split, said in splits.items():
+        for code, lines in data.toy_text(said).items():
+            (folder / "data" / f"{split}.{code}").write_text("".join(f"{line}\n" for line in lines))
+    prompts = [data.prompt("qaa-qab", sentence) for sentence in data.toy_text(meanings)["qaa"]]
+    tokenizer = data.train_bpe(prompts, 400)
+    decoder = Decoder(Config.from_json(dict(model_type="bloom", vocab_size=420, n_embed=32, n_layer=4, n_head=4)))
+    with torch.no_grad():
+        randomize(decoder).final_norm.bias.zero_()  # which would make it repeat one token
+    save_model(decoder, folder / "weights")
+    (folder / "weights" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return folder
+
+
+def arguments(world, *more, pair="qaa-qab"):
+    return ["--pair", pair, "--weights", str(world / "weights"), "--data", str(world / "data"), "--layers", "2",
+            "--lr", "1e-2", "--batch", "8", "--score-sentences", "10", "--eval-sentences", "4", "--max-tokens", "120",
+            "--score-pairs", "qaa-qab,qac-qab,qab-qaa", "--out", "run", *more]  # fmt: skip
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_run_end_to_end(world, tmp_path, monkeypatch, capsys):
+    """Every stage, with two pairs, all flags that change the work, and what the run folder must hold."""
+    monkeypatch.chdir(tmp_path)
+    more = ["--eval-pairs", "all", "--steps", "7", "--beams", "2", "--micro-tokens", "300", "--checkpointing", "--seed", "3",
+            "--epsilon", "0.5", "--device", "cpu", "--dtype", "bfloat16"]  # fmt: skip
+    assert lander.main(arguments(world, *more, pair="qaa-qab,qac-qab")) == 0
+    out = capsys.readouterr().out
+    table = [line for line in out.splitlines() if line.endswith("  tuned") or line.startswith("pair ")]
+    assert len(table) == 3 and max(map(len, table)) <= 80
+    run = tmp_path / "run"
+    pairs = list_pairs(world / "data", "test")
+    assert set(contents(run)) == {
+        "args.json", "layers.json", "awareness.safetensors", "neurons.json", "tuned.safetensors", "log.jsonl",
+        "results.json", *(f"hypotheses/{pair}.{when}.txt" for pair in pairs for when in ("before", "after")),
+    }  # fmt: skip
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [0, 1, 2, 3, 4, 5, 6, 7, 7]
+    assert [line["pair"] for line in log[1:-1]] == ["qaa-qab", "qac-qab"] * 3 + ["qaa-qab"]
+    assert set(log[0]["valid_loss"]) == {"qaa-qab", "qac-qab"}
+    assert json.loads((run / "args.json").read_text())["beams"] == 2
+    results = json.loads((run / "results.json").read_text())
+    assert list(results) == pairs and set(results["qaa-qab"]) == {"before", "after"}
+
+
+def test_training_lowers_the_loss_and_routing_can_be_switched_off(world, tmp_path, monkeypatch):
+    """A pipeline that trains nothing reports tidy tables too."""
+    monkeypatch.chdir(tmp_path)
+    finals = {}
+    for name in ("routed", "plain"):
+        assert lander.main(arguments(world, "--out", name, *["--no-routing"] * (name == "plain"))) == 0
+        log = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        assert log[-1]["valid_loss"]["qaa-qab"] < log[0]["valid_loss"]["qaa-qab"] - 0.3
+        tensors = load_file(tmp_path / name / "tuned.safetensors")
+        routers = [name for name in tensors if ".router." in name]
+        assert len(routers) == (2 if name == "routed" else 0)
+        assert all(tensors[router].abs().sum() > 0 for router in routers)
+        finals[name] = log[-1]["valid_loss"]
+    assert finals["routed"] != finals["plain"]
+
+
+def test_reported_scores_are_sacrebleus_own(world, tmp_path, monkeypatch):
+    """Hypotheses out of order or escaped on their way to the file."""
+    monkeypatch.chdir(tmp_path)
+    assert lander.main(arguments(world, "--steps", "3", "--eval-sentences", "0")) == 0
+    results = json.loads(Path("run/results.json").read_text())["qaa-qab"]
+    for when in ("before", "after"):
+        command = [sys.executable, "-m", "sacrebleu", world / "data" / "test.qab", "-i", f"run/hypotheses/qaa-qab.{when}.txt",
+                   "-m", "bleu", "chrf", "-w", "10", "-l", "qaa-qab"]  # fmt: skip
+        bleu, chrf = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        assert (round(results[when]["bleu"], 10), round(results[when]["chrf"], 10)) == (bleu["score"], chrf["score"])
+        assert results[when]["bleu_signature"] == bleu["signature"]
+
+
+@pytest.mark.parametrize("pair, name", [("en-zh", "zh"), ("en-ja", "ja-mecab"), ("en-ko", "ko-mecab"), ("zh-en", "13a")])
+def test_bleu_tokenizer_follows_the_target(pair, name):
+    """13a on Chinese or Japanese counts whole sentences as words."""
+    metric = lander.make_metrics(pair)["bleu"]
+    metric.corpus_score(["这 is a 本"], [["这 is a 书"]])
+    assert f"tok:{name}" in str(metric.get_signature())
+
+
+class Interrupt:
+    """Raise KeyboardInterrupt when a function of lander is called for the nth time."""
+
+    def __init__(self, monkeypatch, name, count):
+        self.call, self.left = getattr(lander, name), count
+        monkeypatch.setattr(lander, name, self)
+
+    def __call__(self, *arguments, **keywords):
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+        return self.call(*arguments, **keywords)
+
+
+@pytest.mark.parametrize(
+    "name, count",
+    [("activation_means", 1), ("neuron_awareness", 2), ("categorize", 1), ("translate_lines", 1), ("validation_loss", 1),
+     ("train_step", 1), ("train_step", 4), ("save_state", 2), ("validation_loss", 2), ("translate_lines", 2), ("write_json", 4)],
+)  # fmt: skip
+def test_an_interrupted_and_resumed_run_ends_in_the_same_bytes(world, tmp_path, monkeypatch, capsys, name, count):
+    """Batches drawn anew, moments lost, a log line twice, a half-written file taken for a whole one."""
+    monkeypatch.setattr(lander, "SAVE_EVERY", 0)
+    for folder in ("whole", "parts"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "whole")
+    assert lander.main(arguments(world)) == 0
+    monkeypatch.chdir(tmp_path / "parts")
+    with monkeypatch.context() as patch:
+        Interrupt(patch, name, count)
+        assert lander.main(arguments(world)) == 130
+    assert "--resume" in capsys.readouterr().err
+    assert not list(Path().rglob("*.tmp"))
+    assert lander.main(arguments(world, "--resume")) == 0
+    assert contents(tmp_path / "whole") == contents(tmp_path / "parts")
+
+
+def run_command(*arguments, **keywords):
+    command = [sys.executable, lander.__file__, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, **keywords)
+
+
+def test_ctrl_c_ends_in_a_second(world, tmp_path):
+    """An interrupt that waits for the end of the epoch, or ends in a traceback."""
+    command = [sys.executable, lander.__file__, *arguments(world, "--steps", "100000")]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("training"):
+            break
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    start = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and time.monotonic() - start < 5  # shared machines are slow at times
+    assert "Traceback" not in err and f"--steps 100000 --resume" in err
+
+
+def test_translating_with_a_finished_run(world, tmp_path, monkeypatch, capsys):
+    """A line lost or out of order; the frozen model instead of the tuned one."""
+    monkeypatch.chdir(tmp_path)
+    assert lander.main(arguments(world)) == 0
+    lines = (world / "data" / "test.qaa").read_text().splitlines()[:4]
+    Path("input").write_text(f"{lines[0]}\n\n{lines[1]}\n{lines[2]}\n \n{lines[3]}")
+    capsys.readouterr()
+    translate = ["--pair", "qaa-qab", "--tuned", "run", "--max-tokens", "120", "--translate"]
+    assert lander.main([*translate, "input"]) == 0
+    captured = capsys.readouterr()
+    out = captured.out.split("\n")
+    after = Path("run/hypotheses/qaa-qab.after.txt").read_text().splitlines()
+    assert out == [after[0], "", after[1], after[2], "", after[3], ""] and "not tuned" not in captured.err
+    assert after != Path("run/hypotheses/qaa-qab.before.txt").read_text().splitlines()
+    piped = run_command(*translate, "-", input=Path("input").read_text(), cwd=tmp_path)
+    assert piped.stdout.split("\n") == out
+    assert lander.main(["--pair", "qab-qac", *translate[2:], "input"]) == 0
+    captured = capsys.readouterr()
+    assert len(captured.out.split("\n")) == 7 and "qab-qac was not tuned" in captured.err
+
+
+def test_a_loss_that_is_no_number_stops_the_run(world, tmp_path, monkeypatch, capsys):
+    """NaN weights saved over the last good state."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(lander, "SAVE_EVERY", 0)
+    step, calls = lander.train_step, []
+
+    def poisoned(decoder, batches, optimizer, parameters):
+        calls.append(1)
+        if len(calls) == 3:
+            decoder.blocks[3].ffn_norm.weight.data.fill_(float("nan"))
+        return step(decoder, batches, optimizer, parameters)
+
+    monkeypatch.setattr(lander, "train_step", poisoned)
+    assert lander.main(arguments(world)) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert "step 3" in line and "nan" in line and "state.safetensors" in line
+    state = load_file("run/state.safetensors")
+    assert state["step"] in (1, 2) and all(tensor.isfinite().all() for tensor in state.values())
+    assert not Path("run/tuned.safetensors").exists()
+
+
+BAD_COMMANDS = {
+    "unknown language": (["--pair", "qaa-xx"], "'xx'"),
+    "no pair": (["--pair", ""], "expected two language codes"),
+    "pair twice": (["--pair", "qaa-qab,qaa-qab"], "twice"),
+    "no such text": (["--pair", "en-de"], "no train text for en-de"),
+    "no data folder": (["--data", "nowhere"], "nowhere"),
+    "no data": (["--data", ""], "--data"),
+    "no weights folder": (["--weights", "nowhere"], "nowhere"),
+    "one pair only": (["--score-pairs", "qaa-qab"], "two pairs"),
+    "all too long": (["--max-tokens", "9"], "longer than --max-tokens 9"),
+    "too many layers": (["--layers", "4"], "4 layers to select, but only 3"),
+    "no layers": (["--layers", "0"], "--layers is 0"),
+    "epsilon": (["--epsilon", "1.5"], "--epsilon is 1.5"),
+    "learning rate": (["--lr", "-1"], "--lr is -1.0"),
+    "not a number": (["--lr", "fast"], "'fast'"),
+    "unknown option": (["--fast"], "--fast"),
+    "device": (["--device", "abacus"], "abacus"),
+    "dtype": (["--dtype", "int4"], "int4"),
+    "evaluation pair without text": (["--eval-pairs", "en-de"], "no test text for en-de"),
+    "no run": (["--translate", "-", "--tuned", "nowhere"], "nowhere"),
+    "no --tuned": (["--translate", "-"], "--tuned"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_COMMANDS)
+def test_a_bad_command_ends_in_one_line_and_status_2(world, tmp_path, monkeypatch, capsys, case):
+    monkeypatch.chdir(tmp_path)
+    words, culprit = BAD_COMMANDS[case]
+    assert lander.main(arguments(world, *words)) == 2
+    captured = capsys.readouterr()
+    assert len(captured.err.splitlines()) == 1 and culprit in captured.err, captured.err
+    assert captured.out == "" and not Path("run").exists()
+
+
+def test_an_empty_training_set_is_an_error(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, train_qaa="", train_qab="", test_qaa="a\n", test_qab="b\n", train_qac="", test_qac="c\n")
+    assert lander.main(arguments(world, "--data", ".")) == 2
+    assert "training text of qaa-qab is empty" in capsys.readouterr().err
+
+
+def test_a_run_folder_belongs_to_one_run(world, tmp_path, monkeypatch, capsys):
+    """Another run's files taken for this one's; a tuned model of another checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    assert lander.main(arguments(world, "--steps", "1")) == 0
+    before = contents(Path("run"))
+    for words, culprit in [([], "holds a run already"), (["--resume"], "--steps 1, now --steps 2")]:
+        capsys.readouterr()
+        assert lander.main(arguments(world, "--steps", "2", *words)) == 2
+        assert culprit in capsys.readouterr().err
+    assert lander.main(arguments(world, "--steps", "1", "--resume")) == 0
+    assert contents(Path("run")) == before
+    tensors = load_file("run/tuned.safetensors")
+    for change, culprit in [(lambda: tensors.popitem(), "does not fit"), (lambda: tensors.clear(), "does not fit")]:
+        change()
+        save_file(tensors, "run/tuned.safetensors")
+        capsys.readouterr()
+        assert lander.main(["--translate", "/dev/null", "--tuned", "run", "--pair", "qaa-qab"]) == 2
+        assert culprit in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
