@@ -133,7 +133,14 @@ def check_pipeline(path, published):
     split = {"type": "Split", "pattern": {"Regex": BLOOM_SPLIT}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
     model = published["model"]
-    options = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
+    options = (
+        "dropout",
+        "unk_token",
+        "continuing_subword_prefix",
+        "end_of_word_suffix",
+        "byte_fallback",
+        "ignore_merges",
+    )
     flags = ("single_word", "lstrip", "rstrip", "normalized")
     found = {
         "normalizer": published.get("normalizer"),
@@ -215,8 +222,8 @@ def split_pair(pair):
     return codes[0], codes[1]
 
 
-def prompt(pair, source):
-    """The one prompt of training and evaluation. "en-de", "A house." -> "Translate this from English to German: ..." """
+def prompt_text(pair, source):
+    """The prompt of training and evaluation. "en-de", "A house." -> "Translate this from English to German: ..." """
     source_language, target_language = (LANGUAGES[code] for code in split_pair(pair))
     return PROMPT.format(source_language=source_language, target_language=target_language, source=source)
 
@@ -227,7 +234,7 @@ def render(tokenizer, pair, source, target=None):
     Prompt and target are tokenized apart and joined, in training as in generation: no merge crosses the boundary.
     """
     target_ids = [] if target is None else [*tokenizer.encode(f" {target}"), tokenizer.eos_id]
-    return tokenizer.encode(prompt(pair, source)), target_ids
+    return tokenizer.encode(prompt_text(pair, source)), target_ids
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -292,7 +299,10 @@ def candidates(folder, split, source, target):
     for first, second in ((source, target), (target, source)):
         stem = f"{folder}/{split}.{first}-{second}"
         yield [Path(f"{stem}.{code}") for code in (source, target)], read_two_files
-        yield [Path(f"{stem}.tsv")], lambda path, step=1 if first == source else -1: [row[::step] for row in read_tsv(path)]
+        yield (
+            [Path(f"{stem}.tsv")],
+            lambda path, step=1 if first == source else -1: [row[::step] for row in read_tsv(path)],
+        )
         yield [Path(f"{stem}.json")], lambda path: read_translations(path, source, target)
     yield [Path(f"{folder}/{split}.{code}") for code in (source, target)], read_two_files
 
@@ -323,7 +333,7 @@ def read_parallel(folder, split, pair):
 
 
 def list_pairs(folder, split):
-    """The directions a split offers, sorted: ["de-en", "en-de"]. Files of languages not in LANGUAGES are passed over."""
+    """The directions a split offers, sorted: ["de-en", "en-de"]; languages that LANGUAGES lacks are passed over."""
     names = [path.name for path in Path(folder).glob(f"{split}.*")]
     known = "|".join(LANGUAGES)
     pattern = re.compile(rf"{re.escape(split)}\.(?:({known})-({known})\..+|({known}))")

@@ -13,15 +13,15 @@
     3.2         awareness of neuron i: mean over tokens of |h_i * dL/dh_i|       neuron_awareness
     3.2         variance over pairs splits general from specific neurons         categorize
     3.3, eq. 7  FFN_G((1-CAR)/(1-share) x) + FFN_S(CAR/share x) + FFN_rest(x)    RoutedFFN
-    3.4         only G, S and the router of the batch's pair learn               route, train
-    4           BLEU and chrF before and after, for other pairs too              evaluate
+    -           only G, S and w_p of the batch's pair learn                      route, train_step
+    -           BLEU and chrF before and after, for other pairs too              evaluate
 
-Where this differs from the paper, and why:
+Where this differs from the paper, and why (README.md says more):
   - Scores of a pair are scaled to mean 1 before variances are taken: otherwise the pair with the largest loss owns all.
-  - CAR is not spelled out in the paper. Here it is sigmoid(w_p . x + logit(share)) with a learned w_p per layer and pair
-    that starts at zero, divided by its initial value, so that training starts at exactly the pretrained function.
-  - Neurons that other pairs own stay active and frozen: an FFN without them would be another function.
-  - Warm-up, then linear decay; the norm of the gradient is clipped to 1; weight decay 0.01. The paper is silent.
+  - CAR is our reading: a learned w_p per layer and pair starts at zero, and the factors are divided by what they are
+    then, so that training starts at exactly the pretrained function. A pair without own neurons is not routed.
+  - Neurons that other pairs own stay active and frozen: without them the FFN would be another function.
+  - Warm-up and linear decay, weight decay 0.01, gradients clipped to norm 1: the paper is silent.
 
 Letters: B sentences, T tokens, D hidden size, F neurons of one feed-forward layer, V vocabulary, L layers, P pairs,
 K selected layers.
@@ -38,10 +38,10 @@ import shlex
 import shutil
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from itertools import chain, count, islice, permutations, zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -50,12 +50,28 @@ from safetensors.torch import save_file
 from torch import nn
 
 from data import (
-    LANGUAGES, TOY_LANGUAGES, list_pairs, load_tokenizer, make_batches, prompt, read_lines, read_parallel, render, split_pair,
-    toy_meanings, toy_text, train_bpe,
-)  # fmt: skip
+    LANGUAGES,
+    TOY_LANGUAGES,
+    list_pairs,
+    load_tokenizer,
+    make_batches,
+    prompt_text,
+    read_lines,
+    read_parallel,
+)
+from data import render, split_pair, toy_meanings, toy_text, train_bpe
 from model import (
-    Config, Decoder, InputError, activation, exit_status, load_model, open_safetensors, read_json, replacing, save_model,
-)  # fmt: skip
+    Config,
+    Decoder,
+    InputError,
+    activation,
+    exit_status,
+    load_model,
+    open_safetensors,
+    read_json,
+    replacing,
+)
+from model import save_model
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -88,7 +104,9 @@ class Settings:
     eval_sentences: int = option(0, "test sentences of each pair; 0: all")
     beams: int = option(1, "beam search with so many beams; 1: greedy")
     device: str = option("", "cpu, cuda, cuda:1, ...; none: cuda where there is one")
-    dtype: str = option("", "float32 or bfloat16, for frozen weights and activations; none: float32 on the cpu, else bfloat16")
+    dtype: str = option(
+        "", "float32 or bfloat16, for frozen weights and activations; none: float32 on the cpu, else bfloat16"
+    )
     seed: int = option(0, "of shuffling and sampling")
     no_routing: bool = option(False, "train the same neurons without CAR")
     resume: bool = option(False, "go on with an interrupted run")
@@ -113,7 +131,9 @@ def parse_settings(argv):
             parser.add_argument(name, type=kind, default=setting.default, metavar=kind.__name__.upper(),
                                 help=setting.metadata["help"].replace("%", "%%") + shown)  # fmt: skip
     settings = Settings(**vars(parser.parse_args(argv)))
-    for name, lowest in dict(layers=1, batch=1, max_tokens=1, micro_tokens=1, score_sentences=1, beams=1, steps=0, eval_sentences=0).items():
+    for name, lowest in dict(
+        layers=1, batch=1, max_tokens=1, micro_tokens=1, score_sentences=1, beams=1, steps=0, eval_sentences=0
+    ).items():
         if getattr(settings, name) < lowest:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(settings, name)}, expected {lowest} or more")
     if not 0 <= settings.epsilon <= 1:
@@ -193,14 +213,18 @@ def layer_differences(means):
     return (means[1:] - means[:-1]).abs()
 
 
+def check_layer_count(k, scored):
+    if k > scored:
+        raise InputError(f"{k} layers to select, but only {scored} have a score (the first has none)")
+
+
 def select_layers(differences, k):
     """The k layers with the largest scores, sorted; diff[l] scores layer l+1, and ties go to the lower layer.
 
     [3, 1, 3], 1 -> [1]
     """
     differences = torch.as_tensor(differences).tolist()
-    if k > len(differences):
-        raise InputError(f"{k} layers to select, but only {len(differences)} have a score (the first has none)")
+    check_layer_count(k, len(differences))
     ranked = sorted(range(len(differences)), key=lambda l: (-differences[l], l))
     return sorted(l + 1 for l in ranked[:k])
 
@@ -261,6 +285,9 @@ def scale_awareness(awareness):
     return awareness / awareness.mean(-1, keepdim=True)
 
 
+ONE_PAIR = "training text of one pair only; comparing neurons takes that of two or more (train.*, --score-pairs)"
+
+
 def categorize(awareness, epsilon):
     """Who owns each neuron. [P, K, F] -> [K, F] long: -1 general, else the index of the owning pair
 
@@ -268,8 +295,7 @@ def categorize(awareness, epsilon):
     the pair with the highest. InputError for one pair: there is nothing to vary over.
     """
     if len(awareness) < 2:
-        raise InputError("awareness of one pair only: telling general from specific neurons takes training text of two "
-                         "pairs or more (train.* in the data folder, --score-pairs)")  # fmt: skip
+        raise InputError(ONE_PAIR)
     scaled = scale_awareness(awareness)
     specific = round((1 - epsilon) * awareness.shape[-1])
     ranked = scaled.var(0, unbiased=False).argsort(dim=-1, descending=True, stable=True)[:, :specific]
@@ -282,7 +308,7 @@ def describe_groups(awareness, owner, pairs, selected):
 
     {"5": {"specific": {"en-de": [3, 8], ...}, "share": {"en-de": 0.6}}, ...}: neurons listed nowhere are general, and
     `share` has the pairs that tune the layer: m_S / (m_G + m_S) of their mean scaled awareness over S and over G, or
-    null where S or G is empty.
+    null where a group is empty or scores nothing, so that there is nothing to route between.
     """
     scaled = scale_awareness(awareness)
     groups = {}
@@ -292,9 +318,11 @@ def describe_groups(awareness, owner, pairs, selected):
         share = {}
         for pair in (pair for pair in selected if layer in selected[pair]):
             score = scaled[pairs.index(pair), k].double()
-            m_general, m_specific = (score[group].mean().item() for group in (general, specific[pair]))
-            share[pair] = m_specific / (m_general + m_specific) if general.any() and specific[pair].any() else None
-        groups[str(layer)] = {"specific": {pair: g.nonzero().flatten().tolist() for pair, g in specific.items()}, "share": share}
+            m_general, m_specific = (score[group].mean().item() for group in (general, specific[pair]))  # nan if empty
+            value = m_specific / (m_general + m_specific) if m_general + m_specific > 0 else math.nan
+            share[pair] = value if 0 < value < 1 else None
+        listed = {pair: group.nonzero().flatten().tolist() for pair, group in specific.items()}
+        groups[str(layer)] = {"specific": listed, "share": share}
     return groups
 
 
@@ -359,7 +387,9 @@ class RoutedFFN(nn.Module):
 
     def groups_of(self, pair):
         """The parts that learn from a pair: the general neurons, its own, its router."""
-        return [part for part in (self.general, *(parts[pair] for parts in (self.specific, self.router) if pair in parts))]
+        return [
+            part for part in (self.general, *(parts[pair] for parts in (self.specific, self.router) if pair in parts))
+        ]
 
     def forward(self, x):
         """[B, T, D] -> [B, T, D]"""
@@ -583,7 +613,7 @@ def translate_lines(model, tokenizer, pair, sources, settings, label):
 
 
 def make_metrics(pair):
-    """sacreBLEU's metrics for a pair: BLEU's tokenizer follows the target language (zh, ja-mecab, ko-mecab, else 13a)."""
+    """sacreBLEU's metrics; BLEU's tokenizer follows the target language (zh, ja-mecab, ko-mecab, else 13a)."""
     try:
         return {"bleu": BLEU(trg_lang=split_pair(pair)[1]), "chrf": CHRF()}
     except (ImportError, RuntimeError) as error:
@@ -627,14 +657,12 @@ def choose_pairs(choice, folder, split):
     for i, pair in enumerate(pairs):
         split_pair(pair)
         if pair in pairs[:i]:
-            raise InputError(f"pair {pair} is listed twice")
+            raise InputError(f"pair {pair!r} is listed twice")
     return pairs
 
 
 def render_examples(tokenizer, pair, text, settings, what):
     """Rendered examples that fit into max_tokens; the others are counted. InputError where none is left."""
-    if not text:
-        raise InputError(f"{settings.data}: {what} text of {pair} is empty")
     rendered = [render(tokenizer, pair, source, target) for source, target in text]
     kept = [example for example in rendered if sum(map(len, example)) <= settings.max_tokens]
     if not kept:
@@ -643,12 +671,11 @@ def render_examples(tokenizer, pair, text, settings, what):
                          f"{settings.max_tokens}; the shortest has {shortest}")  # fmt: skip
     if len(kept) < len(rendered):
         skipped = len(rendered) - len(kept)
-        print(f"{what} {pair}: skipped {skipped} of {len(rendered)} examples, over {settings.max_tokens} tokens", file=sys.stderr)
+        print(
+            f"{what} {pair}: skipped {skipped} of {len(rendered)} examples, over {settings.max_tokens} tokens",
+            file=sys.stderr,
+        )
     return kept
-
-
-def sample(text, count, seed):
-    return random.Random(seed).sample(text, min(count, len(text)))
 
 
 def write_json(path, value):
@@ -663,32 +690,60 @@ def once(path, compute):
     return read_json(path)
 
 
-def open_run(folder, settings):
-    """Claim a run folder, or check that it holds this very run. What does not change the result is not compared."""
-    recorded = {name: value for name, value in asdict(settings).items() if name != "resume"}
-    path = folder / "args.json"
-    if not path.exists():
-        return write_json(path, recorded)
-    if not settings.resume:
-        raise InputError(f"{folder}: holds a run already; --resume goes on with it, --out names another folder")
-    for name, value in read_json(path).items():
-        if recorded.get(name) != value:
-            flag = name.replace("_", "-")
-            raise InputError(f"{folder}: was run with --{flag} {value}, now --{flag} {recorded.get(name)}; --resume needs the same")
+def check_run_folder(folder, settings):
+    """The settings to record in a run folder. InputError where it holds another run, or this one without --resume."""
+    record = {name: value for name, value in asdict(settings).items() if name != "resume"}
+    if (folder / "args.json").exists():
+        if not settings.resume:
+            raise InputError(f"{folder}: holds a run already; --resume goes on with it, --out names another folder")
+        for name, value in read_json(folder / "args.json").items():
+            if record.get(name) != value:
+                flag = "--" + name.replace("_", "-")
+                raise InputError(
+                    f"{folder}: was run with {flag} {value}, now {flag} {record.get(name)}; --resume needs it the same"
+                )
+    return record
 
 
-def score_neurons(model, tokenizer, text, layers, settings, path):
-    """Awareness of every pair, [P, K, F]; each pair's is saved when it is done. text: pair -> sentence pairs"""
-    awareness = read_tensors(path) if path.exists() else {}
-    for pair in text:
-        if pair not in awareness:
-            chosen = sample(text[pair], settings.score_sentences, settings.seed)
-            examples = render_examples(tokenizer, pair, chosen, settings, "scoring")
-            batches = make_batches(examples, tokenizer.pad_id, settings.micro_tokens)
-            awareness[pair] = neuron_awareness(model, counted(batches, f"scoring {pair}", len(examples)), layers)
-            with replacing(path) as temporary:
-                save_file(awareness, temporary)
-    return torch.stack([awareness[pair] for pair in text])
+class Inputs(NamedTuple):
+    """What a run reads, each by pair."""
+
+    train: dict  # tuned pair -> rendered examples
+    valid: dict  # tuned pair -> rendered examples, where there is such text
+    scoring: dict  # tuned and other pairs -> rendered examples for the scores
+    test: dict  # evaluated pair -> [(source, target), ...]
+
+
+def read_inputs(tokenizer, tuned, settings):
+    """Read all text that a run needs, so that whatever is wrong with it shows before anything long begins."""
+
+    def read(split, pair):
+        text = read_parallel(settings.data, split, pair)
+        if not text:
+            raise InputError(f"{settings.data}: the {split} text of {pair} is empty")
+        return text
+
+    text = {pair: read("train", pair) for pair in tuned}
+    others = [pair for pair in choose_pairs(settings.score_pairs, settings.data, "train") if pair not in tuned]
+    scoring = {
+        pair: random.Random(settings.seed).sample(own, min(settings.score_sentences, len(own)))
+        for pair, own in (text | {pair: read("train", pair) for pair in others}).items()
+    }
+    if len(scoring) < 2:
+        raise InputError(f"{settings.data}: {ONE_PAIR}")
+    test = {
+        pair: read("test", pair)[: settings.eval_sentences or None]
+        for pair in choose_pairs(settings.eval_pairs or settings.pair, settings.data, "test")
+    }
+    for pair in test:
+        make_metrics(pair)
+    with_valid = [pair for pair in tuned if pair in list_pairs(settings.data, "valid")]
+    valid = {pair: read("valid", pair)[:VALID_SENTENCES] for pair in with_valid}
+    rendered = (
+        {pair: render_examples(tokenizer, pair, own, settings, what) for pair, own in texts.items()}
+        for what, texts in {"training": text, "validation": valid, "scoring": scoring}.items()
+    )
+    return Inputs(*rendered, test)
 
 
 def counted(batches, label, sentences):
@@ -699,93 +754,108 @@ def counted(batches, label, sentences):
         progress.add(len(batch.ids))
 
 
+def analyse_layers(model, tokenizer, scoring, tuned, settings):
+    """What layers.json holds: for each tuned pair the means, their differences and the selected layers."""
+    analysis = {}
+    for pair in tuned:
+        prompts = [(prompt, []) for prompt, _ in scoring[pair]]
+        batches = make_batches(prompts, tokenizer.pad_id, settings.micro_tokens)
+        means = activation_means(model, counted(batches, f"layers for {pair}", len(prompts)))
+        differences = layer_differences(means)
+        selected = select_layers(differences, settings.layers)
+        analysis[pair] = {"selected": selected, "means": means.tolist(), "differences": differences.tolist()}
+    return analysis
+
+
+def group_neurons(model, tokenizer, scoring, selected, settings, folder):
+    """What neurons.json holds. Each pair's awareness is saved when it is done."""
+    path = folder / "awareness.safetensors"
+    awareness = read_tensors(path) if path.exists() else {}
+    layers = sorted({layer for own in selected.values() for layer in own})
+    for pair in scoring:
+        if pair not in awareness:
+            batches = make_batches(scoring[pair], tokenizer.pad_id, settings.micro_tokens)
+            awareness[pair] = neuron_awareness(model, counted(batches, f"scoring {pair}", len(scoring[pair])), layers)
+            with replacing(path) as temporary:
+                save_file(awareness, temporary)
+    stacked = torch.stack([awareness[pair] for pair in scoring])  # [P, K, F]
+    return describe_groups(stacked, categorize(stacked, settings.epsilon), list(scoring), selected)
+
+
+def print_table(results, tuned):
+    say(f"\n{'pair':<8}{'BLEU before':>12}{'after':>8}{'change':>8}{'chrF before':>14}{'after':>8}{'change':>8}")
+    for pair, scores in results.items():
+        row = f"{pair:<8}"
+        for name, width in (("bleu", 12), ("chrf", 14)):
+            before, after = scores["before"][name], scores["after"][name]
+            row += f"{before:{width}.2f}{after:8.2f}{after - before:+8.2f}"
+        say(row + "  tuned" * (pair in tuned))
+
+
 def run(settings):
     """The whole method, step by step; each step leaves a file in the run folder, and a resumed run skips those done."""
     start = time.monotonic()
-    folder = Path(settings.out or f"runs/{settings.pair}")
     if not settings.data:
         raise InputError("--data names no folder of parallel text")
-    tuned = choose_pairs(settings.pair, settings.data, "train")
-
-    # Everything that can be wrong is read before anything long begins.
+    folder = Path(settings.out or f"runs/{settings.pair}")
+    record = check_run_folder(folder, settings)
     device, dtype = choose_device(settings)
+    tuned = choose_pairs(settings.pair, settings.data, "train")
     tokenizer = load_tokenizer(settings.weights)
-    train_text = {pair: read_parallel(settings.data, "train", pair) for pair in tuned}
-    others = [pair for pair in choose_pairs(settings.score_pairs, settings.data, "train") if pair not in tuned]
-    score_text = train_text | {pair: read_parallel(settings.data, "train", pair) for pair in others}
-    eval_pairs = choose_pairs(settings.eval_pairs or settings.pair, settings.data, "test")
-    eval_text = {pair: read_parallel(settings.data, "test", pair)[: settings.eval_sentences or None] for pair in eval_pairs}
-    valid_text = {pair: read_parallel(settings.data, "valid", pair) for pair in tuned if pair in list_pairs(settings.data, "valid")}
-    for pair in eval_pairs:
-        make_metrics(pair)
-    if len(score_text) < 2:
-        categorize(torch.ones(1, 1, 1), settings.epsilon)
-    examples = {pair: render_examples(tokenizer, pair, text, settings, "training") for pair, text in train_text.items()}
-    valid = {
-        pair: render_examples(tokenizer, pair, text[:VALID_SENTENCES], settings, "validation") for pair, text in valid_text.items()
-    }
+    inputs = read_inputs(tokenizer, tuned, settings)
     model = load_model(settings.weights, device, dtype).requires_grad_(False)
-    if settings.layers > model.config.layers - 1:
-        select_layers(torch.zeros(model.config.layers - 1), settings.layers)
-    open_run(folder, settings)
-    say(f"{settings.weights}: {model.config.family}, {model.config.layers} layers, "
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, {dtype} on {device}".replace("torch.", ""))  # fmt: skip
+    config = model.config
+    check_layer_count(settings.layers, config.layers - 1)
+    write_json(folder / "args.json", record)
+    size = sum(p.numel() for p in model.parameters())
+    say(f"{settings.weights}: {config.family}, {config.layers} layers, {size:,} parameters, {dtype} on {device}")
 
-    def choose_layers():
-        chosen = {}
-        for pair in tuned:
-            prompts = [(render(tokenizer, pair, source)) for source, _ in sample(train_text[pair], settings.score_sentences, settings.seed)]
-            batches = make_batches(prompts, tokenizer.pad_id, settings.micro_tokens)
-            means = activation_means(model, counted(batches, f"layers for {pair}", len(prompts)))
-            differences = layer_differences(means)
-            chosen[pair] = {"selected": select_layers(differences, settings.layers), "means": means.tolist(), "differences": differences.tolist()}
-        return chosen
-
-    chosen = once(folder / "layers.json", choose_layers)
-    selected = {pair: chosen[pair]["selected"] for pair in tuned}
+    say("\n1. Layers: whose output, over a prompt's tokens, changes most from the layer before?")
+    layers_path, neurons_path = folder / "layers.json", folder / "neurons.json"
+    analysis = once(layers_path, lambda: analyse_layers(model, tokenizer, inputs.scoring, tuned, settings))
+    selected = {pair: analysis[pair]["selected"] for pair in tuned}
     for pair in tuned:
-        say(f"layers for {pair}: {selected[pair]}, where the mean activation changes most")
-    layers = sorted({layer for own in selected.values() for layer in own})
+        say(f"   {pair}: layers {', '.join(map(str, selected[pair]))} of 0 to {config.layers - 1}")
 
-    def group():
-        awareness = score_neurons(model, tokenizer, score_text, layers, settings, folder / "awareness.safetensors")
-        owner = categorize(awareness, settings.epsilon)
-        return describe_groups(awareness, owner, list(score_text), selected)
+    say(f"\n2. Neurons: which matter for one of {len(inputs.scoring)} pairs more than for the others?")
+    groups = once(neurons_path, lambda: group_neurons(model, tokenizer, inputs.scoring, selected, settings, folder))
+    counts = {pair: sum(len(group["specific"][pair]) for group in groups.values()) for pair in inputs.scoring}
+    specific = sum(counts.values())
+    general = len(groups) * config.ffn_size - specific
+    own = ", ".join(f"{counts[pair]} of {pair}" for pair in tuned)
+    say(f"   {general} general, {specific} specific: {own}")
 
-    groups = once(folder / "neurons.json", group)
-    counts = {pair: sum(len(g["specific"][pair]) for g in groups.values()) for pair in score_text}
-    neurons = len(layers) * model.config.ffn_size
-    say(f"neurons of these layers: {neurons - sum(counts.values())} general, {sum(counts.values())} specific to one of "
-        f"{len(score_text)} pairs, " + ", ".join(f"{counts[pair]} to {pair}" for pair in tuned))  # fmt: skip
-
-    results = {pair: {} for pair in eval_pairs}
+    results = {pair: {} for pair in inputs.test}
 
     def evaluate_all(when):
-        for pair, text in eval_text.items():
-            scores = evaluate(model, tokenizer, pair, text, settings, folder / "hypotheses" / f"{pair}.{when}.txt")
-            results[pair][when] = scores
-            say(f"{when} tuning, {pair}: BLEU {scores['bleu']:.2f}, chrF {scores['chrf']:.2f}")
+        for pair, text in inputs.test.items():
+            path = folder / "hypotheses" / f"{pair}.{when}.txt"
+            results[pair][when] = scores = evaluate(model, tokenizer, pair, text, settings, path)
+            say(f"   {pair}: BLEU {scores['bleu']:.2f}, chrF {scores['chrf']:.2f}")
 
+    say("\n3. Before tuning:")
     evaluate_all("before")
+
     install_routing(model, groups, not settings.no_routing)
     parameters = trained_parameters(model)
-    if (folder / "tuned.safetensors").exists():
-        load_parameters(folder / "tuned.safetensors", read_tensors(folder / "tuned.safetensors"), parameters)
+    trained, size = sum(p.numel() for p in parameters.values()), sum(p.numel() for p in model.parameters())
+    routers = "" if settings.no_routing else " and their routers"
+    say(f"\n4. Training the general and own neurons{routers}: {trained:,} of {size:,} parameters")
+    tuned_path = folder / "tuned.safetensors"
+    if tuned_path.exists():
+        load_parameters(tuned_path, read_tensors(tuned_path), parameters)
     else:
-        say(f"training general and own neurons of {', '.join(tuned)}{'' if settings.no_routing else ', and their routers'}")
-        train(model, tokenizer, examples, valid, settings, folder)
+        train(model, tokenizer, inputs.train, inputs.valid, settings, folder)
+
+    say("\n5. After tuning:")
     evaluate_all("after")
     write_json(folder / "results.json", results)
 
-    trained, everything = (sum(p.numel() for p in ps) for ps in (parameters.values(), model.parameters()))
-    say(f"\n{'pair':<8}{'BLEU before':>12}{'after':>8}{'change':>8}{'chrF before':>14}{'after':>8}{'change':>8}")
-    for pair, scores in results.items():
-        row = [scores[when][name] for name in ("bleu", "chrf") for when in ("before", "after")]
-        say(f"{pair:<8}{row[0]:>12.2f}{row[1]:>8.2f}{row[1] - row[0]:>+8.2f}{row[2]:>14.2f}{row[3]:>8.2f}{row[3] - row[2]:>+8.2f}"
-            f"{'  tuned' if pair in tuned else ''}")  # fmt: skip
-    say(f"\nlayers {layers}; {neurons - sum(counts.values())} general neurons, "
-        f"{sum(counts[pair] for pair in tuned)} of {', '.join(tuned)}, {sum(counts[pair] for pair in others)} of others")  # fmt: skip
-    say(f"trained {trained:,} of {everything:,} parameters ({trained / everything:.2%}); {time.monotonic() - start:.0f} s; {folder}")
+    print_table(results, tuned)
+    say("\nlayers  " + "; ".join(f"{pair} {', '.join(map(str, selected[pair]))}" for pair in tuned))
+    say(f"neurons {general} general, {own}, {specific - sum(counts[pair] for pair in tuned)} of other pairs")
+    say(f"trained {trained:,} of {size:,} parameters, {trained / size:.2%}")
+    say(f"took    {time.monotonic() - start:.0f} s; everything is in {folder}")
 
 
 def translate(settings):
@@ -817,19 +887,21 @@ def translate(settings):
 PRETRAINING_SENTENCES, SPLIT_SENTENCES = 3000, dict(train=3000, valid=100, test=100)
 PIDGIN = 0.7  # of the pretraining text leaves number and tense unsaid; over a half, so that greedy search does, too
 DEMO_MODEL = dict(model_type="bloom", n_embed=64, n_layer=6, n_head=4, bos_token_id=1, eos_token_id=2, pad_token_id=3)
-DEMO_SETTINGS = dict(pair="qaa-qab", layers=4, lr=1e-2, batch=20, eval_pairs="all", score_sentences=200)
+DEMO_SETTINGS = dict(pair="qaa-qab", layers=2, lr=3e-3, batch=20, eval_pairs="all", score_sentences=200)
 PRETRAINING_STEPS, PRETRAINING_RATE, PRETRAINING_TOKENS = 1500, 3e-3, 1024
 
 
 def pretrain(folder, text):
-    """Train a tiny BLOOM from scratch to translate in every direction of multi-way text; write it as published ones are.
+    """Train a tiny BLOOM from scratch to translate in every direction of multi-way text; write it like a published one.
 
     text: language code -> sentences, line by line translations of each other.
     """
     pairs = [f"{source}-{target}" for source, target in permutations(text, 2)]
     rows = [(pair, *row) for pair in pairs for row in zip(*(text[code] for code in split_pair(pair)))]
     random.Random(0).shuffle(rows)  # make_batches keeps this order among equal lengths: directions are mixed
-    write_json(folder / "tokenizer.json", train_bpe((prompt(pair, source) for pair, source, _ in rows), vocab_size=512))
+    write_json(
+        folder / "tokenizer.json", train_bpe((prompt_text(pair, source) for pair, source, _ in rows), vocab_size=512)
+    )
     tokenizer = load_tokenizer(folder)
     examples = [render(tokenizer, *row) for row in rows]
 
@@ -854,10 +926,16 @@ def demo(settings):
     given = {name: value for name, value in asdict(settings).items() if value != defaults[name]}
     if "data" in given:
         raise InputError("--data needs --weights; the demo makes its own text")
-    chosen = DEMO_SETTINGS | given | dict(weights=str(folder / "weights"), data=str(folder / "data"), out=str(folder / "run"))
+    chosen = (
+        DEMO_SETTINGS
+        | given
+        | dict(weights=str(folder / "weights"), data=str(folder / "data"), out=str(folder / "run"))
+    )
     for pair in chosen["pair"].split(","):
         if not set(split_pair(pair)) <= set(TOY_LANGUAGES):
-            raise InputError(f"the demo has no text for {pair}, only for {', '.join(TOY_LANGUAGES)}; --weights and --data name your own")
+            raise InputError(
+                f"the demo has no {pair}, only {', '.join(TOY_LANGUAGES)}; --weights and --data name your own"
+            )
     if not settings.resume:
         shutil.rmtree(folder / "run", ignore_errors=True)
         say("No --weights, so this is the demo. It makes up four languages out of one grammar:")
@@ -872,7 +950,7 @@ def demo(settings):
             first += size
         say("pretrains a tiny BLOOM to translate in all twelve directions, from text that mostly leaves endings out,")
         pretrain(folder / "weights", toy_text(meanings[:PRETRAINING_SENTENCES], PIDGIN))
-        say(f"writes it to {folder / 'weights'} as published checkpoints are, and tunes it for {chosen['pair']} on good text.\n")
+        say(f"writes it to {folder / 'weights'}, and tunes it for {chosen['pair']} on text with all endings.\n")
     run(Settings(**chosen))
 
 

@@ -43,7 +43,7 @@ def exit_status(command, *arguments):
     try:
         command(*arguments)
         return 0
-    except InputError as error:
+    except (InputError, OSError, SafetensorError) as error:  # the latter two: a full disk, a folder without permission
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -325,7 +325,9 @@ class Attention(nn.Module):
         """[B, T, D] -> [B, T, D]. The softmax runs in fp32 inside scaled_dot_product_attention."""
         B, T, D = x.shape
         H = self.config.heads
-        shape, axis = ((B, T, H, 3, D // H), 3) if self.config.query_key_value == "interleaved" else ((B, T, 3, H, D // H), 2)
+        shape, axis = (
+            ((B, T, H, 3, D // H), 3) if self.config.query_key_value == "interleaved" else ((B, T, 3, H, D // H), 2)
+        )
         parts = self.query_key_value(x).view(shape).unbind(axis)
         query, key, value = (part.transpose(1, 2) for part in parts)  # [B, H, T, d] each
         if angles is not None:
@@ -377,7 +379,7 @@ class Block(nn.Module):
 
 
 class Cache:
-    """Keys and values of the tokens so far, allocated once: [L, 2, rows, H, T, d]. `mask` [rows, T], None if all real."""
+    """Keys and values so far, allocated once: [L, 2, rows, H, T, d]. `mask` [rows, T], None where all is real."""
 
     def __init__(self, store, mask, rows, length=0):
         self.store, self.mask, self.rows, self.length = store, mask, rows, length
@@ -388,7 +390,7 @@ class Cache:
         return Cache(self.store[:, :, first:last, :, start:], mask, last - first)
 
     def append(self, layer, key, value):
-        """Store a layer's new keys and values, [rows, H, new, d]; return all so far, two of [rows, H, length + new, d]."""
+        """Store a layer's new keys and values, [rows, H, new, d]; return all so far, [2, rows, H, length + new, d]."""
         end = self.length + key.shape[2]
         store = self.store[layer, :, : self.rows]
         store[0, :, :, self.length : end] = key
@@ -410,7 +412,7 @@ PREFILL_ROWS = 16  # prompts that generate reads at a time
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks, final norm, head. Fresh weights are N(0, 0.02), biases zero; load_model reads published ones."""
+    """Embedding, blocks, final norm, head. New weights are N(0, 0.02), biases zero; load_model reads published ones."""
 
     def __init__(self, config):
         super().__init__()
@@ -524,7 +526,7 @@ def survivors(alive):
 
 
 def greedy_search(next_logits, logits, cache, max_new_tokens, eos_id, beams=1):
-    """The prompts' next logits [B, V] -> new ids [B, max_new_tokens], lengths [B]. Finished sentences leave the batch."""
+    """The prompts' next logits [B, V] -> new ids [B, max_new_tokens], lengths [B]. Finished sentences leave."""
     sentence = torch.arange(len(logits), device=logits.device)  # of each live row
     new = sentence.new_zeros(len(logits), max_new_tokens)
     lengths = torch.full_like(sentence, max_new_tokens)
@@ -624,11 +626,10 @@ def checkpoint_files(folder):
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise InputError(f"{index}: no weight_map")
-        shards = sorted(set(weight_map.values()))
-        for shard in shards:
+        for shard in weight_map.values():
             if not isinstance(shard, str) or not shard or Path(shard).name != shard:
                 raise InputError(f"{index}: shard {shard!r} is not a file name in its own folder")
-        return [folder / shard for shard in shards]
+        return [folder / shard for shard in sorted(set(weight_map.values()))]
     if any(folder.glob("pytorch_model*.bin")):
         raise InputError(f"{folder}: only .bin files, expected safetensors; run: python model.py convert {folder}")
     raise InputError(f"{folder}: no model.safetensors and no model.safetensors.index.json")

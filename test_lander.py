@@ -389,7 +389,9 @@ def test_a_saved_model_loads_as_the_same_bits(tmp_path, kind):
     save_model(decoder, tmp_path)
     again = load_model(tmp_path)
     assert again.config.published["dtype"] == "float16"
-    assert {name: p.dtype for name, p in again.named_parameters()} == {name: torch.float16 for name, _ in decoder.named_parameters()}
+    assert {name: p.dtype for name, p in again.named_parameters()} == {
+        name: torch.float16 for name, _ in decoder.named_parameters()
+    }
     assert all(torch.equal(p, again.get_parameter(name)) for name, p in decoder.named_parameters())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
@@ -461,7 +463,9 @@ def damage(folder, file, content):
 
 
 def edit_config(**changes):
-    return lambda content: json.dumps({k: v for k, v in (json.loads(content) | changes).items() if v != "gone"}).encode()
+    return lambda content: json.dumps(
+        {k: v for k, v in (json.loads(content) | changes).items() if v != "gone"}
+    ).encode()
 
 
 @pytest.mark.parametrize(
@@ -693,7 +697,12 @@ def test_sentencepiece_follows_the_files_flags(baichuan_tokenizer):
 
 
 def test_a_folder_without_a_readable_tokenizer_is_named(tmp_path):
-    for name, content in [("nothing", b""), ("tokenizer.json", b"{"), ("tokenizer.json", b"[]"), ("tokenizer.model", b"x")]:
+    for name, content in [
+        ("nothing", b""),
+        ("tokenizer.json", b"{"),
+        ("tokenizer.json", b"[]"),
+        ("tokenizer.model", b"x"),
+    ]:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(InputError) as error:
             load_tokenizer(tmp_path)
@@ -706,7 +715,9 @@ def test_a_folder_without_a_readable_tokenizer_is_named(tmp_path):
 
 def write(folder, **files):
     for name, text in files.items():
-        (folder / name.replace("__", "-").replace("_", ".")).write_bytes(text if isinstance(text, bytes) else text.encode())
+        (folder / name.replace("__", "-").replace("_", ".")).write_bytes(
+            text if isinstance(text, bytes) else text.encode()
+        )
 
 
 def test_the_four_forms_give_the_same_pairs(tmp_path):
@@ -725,7 +736,15 @@ def test_the_four_forms_give_the_same_pairs(tmp_path):
 
 def test_the_exact_order_is_read_before_the_reverse(tmp_path):
     """WMT's test.de-en and test.en-de are different texts."""
-    write(tmp_path, test_de__en_de="d1", test_de__en_en="e1", test_en__de_de="d2", test_en__de_en="e2", test_en="e", test_fr="f")
+    write(
+        tmp_path,
+        test_de__en_de="d1",
+        test_de__en_en="e1",
+        test_en__de_de="d2",
+        test_en__de_en="e2",
+        test_en="e",
+        test_fr="f",
+    )
     assert read_parallel(tmp_path, "test", "de-en") == [("d1", "e1")]
     assert read_parallel(tmp_path, "test", "en-de") == [("e2", "d2")]
     assert list_pairs(tmp_path, "test") == ["de-en", "en-de", "en-fr", "fr-en"]
@@ -858,9 +877,11 @@ def brute_force_awareness(decoder, examples, layers):
         kept = {}
         hooks = []
         for layer in layers:
+
             def keep(module, inputs, layer=layer):
                 inputs[0].retain_grad()
                 kept[layer] = inputs[0]
+
             hooks.append(decoder.blocks[layer].ffn.down.register_forward_pre_hook(keep))
         logits = decoder(torch.tensor([prompt + target[:-1]]))[0].log_softmax(-1)
         loss = -sum(logits[len(prompt) - 1 + i, token] for i, token in enumerate(target))
@@ -930,7 +951,9 @@ def test_awareness_predicts_the_damage_of_removing_a_neuron():
     (scores,) = lander.neuron_awareness(decoder, [batch], [1])
     whole, damage = sentence_losses(), []
     for neuron in range(len(scores)):
-        hook = ffn.down.register_forward_pre_hook(lambda down, inputs: (inputs[0].index_fill(-1, torch.tensor(neuron), 0),))
+        hook = ffn.down.register_forward_pre_hook(
+            lambda down, inputs: (inputs[0].index_fill(-1, torch.tensor(neuron), 0),)
+        )
         damage.append((sentence_losses() - whole).abs().mean())
         hook.remove()
     correlation = rank_correlation(scores, torch.stack(damage))
@@ -970,7 +993,7 @@ def test_every_neuron_is_in_exactly_one_group():
 def test_one_pair_is_an_error():
     with pytest.raises(InputError) as error:
         lander.categorize(torch.rand(1, 2, 10), 0.9)
-    assert "training text of two pairs" in message(error)
+    assert "one pair only" in message(error)
 
 
 def test_share_by_hand():
@@ -1097,7 +1120,9 @@ def test_frozen_weights_equal_the_checkpoint_bit_for_bit():
     parameters, optimizer = adamw(decoder)
     lander.route(decoder, "en-de")
     for step in range(5):
-        lander.train_step(decoder, list(make_batches(random_examples(4, seed=step), 3, 100)), optimizer, parameters.values())
+        lander.train_step(
+            decoder, list(make_batches(random_examples(4, seed=step), 3, 100)), optimizer, parameters.values()
+        )
     assert {p.dtype for p in parameters.values()} == {torch.float32}
     others = sorted(groups["1"]["specific"]["fr-en"] + groups["1"]["specific"]["en-cs"])
     rest = decoder.blocks[1].ffn.rest
@@ -1176,7 +1201,7 @@ def world(tmp_path_factory):
     for split, said in splits.items():
         for code, lines in data.toy_text(said).items():
             (folder / "data" / f"{split}.{code}").write_text("".join(f"{line}\n" for line in lines))
-    prompts = [data.prompt("qaa-qab", sentence) for sentence in data.toy_text(meanings)["qaa"]]
+    prompts = [data.prompt_text("qaa-qab", sentence) for sentence in data.toy_text(meanings)["qaa"]]
     tokenizer = data.train_bpe(prompts, 400)
     decoder = Decoder(Config.from_json(dict(model_type="bloom", vocab_size=420, n_embed=32, n_layer=4, n_head=4)))
     with torch.no_grad():
@@ -1249,7 +1274,9 @@ def test_reported_scores_are_sacrebleus_own(world, tmp_path, monkeypatch):
         assert results[when]["bleu_signature"] == bleu["signature"]
 
 
-@pytest.mark.parametrize("pair, name", [("en-zh", "zh"), ("en-ja", "ja-mecab"), ("en-ko", "ko-mecab"), ("zh-en", "13a")])
+@pytest.mark.parametrize(
+    "pair, name", [("en-zh", "zh"), ("en-ja", "ja-mecab"), ("en-ko", "ko-mecab"), ("zh-en", "13a")]
+)
 def test_bleu_tokenizer_follows_the_target(pair, name):
     """13a on Chinese or Japanese counts whole sentences as words."""
     metric = lander.make_metrics(pair)["bleu"]
@@ -1303,14 +1330,14 @@ def test_ctrl_c_ends_in_a_second(world, tmp_path):
     command = [sys.executable, lander.__file__, *arguments(world, "--steps", "100000")]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
-        if line.startswith("training"):
+        if "Training" in line:
             break
     time.sleep(1)
     process.send_signal(signal.SIGINT)
     start = time.monotonic()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and time.monotonic() - start < 5  # shared machines are slow at times
-    assert "Traceback" not in err and f"--steps 100000 --resume" in err
+    assert "Traceback" not in err and "--steps 100000 --resume" in err
 
 
 def test_translating_with_a_finished_run(world, tmp_path, monkeypatch, capsys):
@@ -1363,7 +1390,7 @@ BAD_COMMANDS = {
     "no data folder": (["--data", "nowhere"], "nowhere"),
     "no data": (["--data", ""], "--data"),
     "no weights folder": (["--weights", "nowhere"], "nowhere"),
-    "one pair only": (["--score-pairs", "qaa-qab"], "two pairs"),
+    "one pair only": (["--score-pairs", "qaa-qab"], "one pair only"),
     "all too long": (["--max-tokens", "9"], "longer than --max-tokens 9"),
     "too many layers": (["--layers", "4"], "4 layers to select, but only 3"),
     "no layers": (["--layers", "0"], "--layers is 0"),
@@ -1393,7 +1420,7 @@ def test_an_empty_training_set_is_an_error(world, tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     write(tmp_path, train_qaa="", train_qab="", test_qaa="a\n", test_qab="b\n", train_qac="", test_qac="c\n")
     assert lander.main(arguments(world, "--data", ".")) == 2
-    assert "training text of qaa-qab is empty" in capsys.readouterr().err
+    assert "the train text of qaa-qab is empty" in capsys.readouterr().err
 
 
 def test_a_run_folder_belongs_to_one_run(world, tmp_path, monkeypatch, capsys):

@@ -9,8 +9,8 @@ train      forward and backward, gradients of every weight, over one padded batc
 generate   greedy continuations of 64 prompts of mixed length in one batch
 tokenize   10,000 sentences one by one, by a new tokenizer each time, so that no cache is warm
 
-A row gives the median seconds of each, the ratio of medians (above 1: ours is faster) and the smallest and largest ratio
-of two neighbouring runs. The run fails where the two do not give the same loss, continuations or token ids.
+A row gives the median seconds of each, the ratio of medians (above 1: ours is faster) and the smallest and largest
+ratio of two neighbouring runs. The run fails where the two do not give the same loss, continuations or token ids.
 """
 
 import argparse
@@ -147,7 +147,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, help="a BLOOM checkpoint folder")
     parser.add_argument("--shape", help="D,L,H,V of random weights, instead of --weights")
-    parser.add_argument("--data", type=Path, help="parallel text for prompts, targets and tokenizing; default: random ids")
+    parser.add_argument(
+        "--data", type=Path, help="parallel text for prompts, targets and tokenizing; default: random ids"
+    )
     parser.add_argument("--pair", default="en-de", help="of --data (en-de)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
@@ -177,7 +179,9 @@ def main():
             text = read_parallel(args.data, "train", args.pair)
             examples = [render(tokenizer, args.pair, *pair) for pair in text[: max(64, args.sentences)]]
         else:
-            some_ids = lambda low, high: [rng.randrange(4, model.config.vocab_size) for _ in range(rng.randint(low, high))]
+            some_ids = lambda low, high: [
+                rng.randrange(4, model.config.vocab_size) for _ in range(rng.randint(low, high))
+            ]
             examples = [(some_ids(20, 50), [*some_ids(10, 30), EOS]) for _ in range(max(64, args.sentences))]
         train(model, reference, examples[: args.sentences], args)
         generate(model, reference, [prompt for prompt, _ in examples[:64]], args)
