@@ -49,29 +49,10 @@ from sacrebleu.metrics import BLEU, CHRF
 from safetensors.torch import save_file
 from torch import nn
 
-from data import (
-    LANGUAGES,
-    TOY_LANGUAGES,
-    list_pairs,
-    load_tokenizer,
-    make_batches,
-    prompt_text,
-    read_lines,
-    read_parallel,
-)
-from data import render, split_pair, toy_meanings, toy_text, train_bpe
-from model import (
-    Config,
-    Decoder,
-    InputError,
-    activation,
-    exit_status,
-    load_model,
-    open_safetensors,
-    read_json,
-    replacing,
-)
-from model import save_model
+from data import LANGUAGES, TOY_LANGUAGES, list_pairs, load_tokenizer, make_batches, prompt_text, read_lines
+from data import read_parallel, render, split_pair, toy_meanings, toy_text, train_bpe
+from model import Config, Decoder, InputError, activation, exit_status, load_model, open_safetensors, read_json
+from model import replacing, save_model
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -105,7 +86,7 @@ class Settings:
     beams: int = option(1, "beam search with so many beams; 1: greedy")
     device: str = option("", "cpu, cuda, cuda:1, ...; none: cuda where there is one")
     dtype: str = option(
-        "", "float32 or bfloat16, for frozen weights and activations; none: float32 on the cpu, else bfloat16"
+        "", "of frozen weights and activations: float32 (none: on the cpu) or bfloat16 (none: elsewhere)"
     )
     seed: int = option(0, "of shuffling and sampling")
     no_routing: bool = option(False, "train the same neurons without CAR")
@@ -128,12 +109,13 @@ def parse_settings(argv):
             parser.add_argument(name, action="store_true", help=setting.metadata["help"])
         else:
             shown = f" (default: {setting.default})" if setting.default != "" else ""
-            parser.add_argument(name, type=kind, default=setting.default, metavar=kind.__name__.upper(),
-                                help=setting.metadata["help"].replace("%", "%%") + shown)  # fmt: skip
+            text = setting.metadata["help"] + shown
+            parser.add_argument(name, type=kind, default=setting.default, metavar=kind.__name__.upper(), help=text)
     settings = Settings(**vars(parser.parse_args(argv)))
-    for name, lowest in dict(
+    at_least = dict(
         layers=1, batch=1, max_tokens=1, micro_tokens=1, score_sentences=1, beams=1, steps=0, eval_sentences=0
-    ).items():
+    )
+    for name, lowest in at_least.items():
         if getattr(settings, name) < lowest:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(settings, name)}, expected {lowest} or more")
     if not 0 <= settings.epsilon <= 1:
@@ -387,20 +369,19 @@ class RoutedFFN(nn.Module):
 
     def groups_of(self, pair):
         """The parts that learn from a pair: the general neurons, its own, its router."""
-        return [
-            part for part in (self.general, *(parts[pair] for parts in (self.specific, self.router) if pair in parts))
-        ]
+        return [self.general, *(own[pair] for own in (self.specific, self.router) if pair in own)]
 
     def forward(self, x):
         """[B, T, D] -> [B, T, D]"""
-        general_factor = specific_factor = None
+        x_general = x_specific = x
         if self.pair in self.share:
             share = self.share[self.pair]
             car = torch.sigmoid(x.float() @ self.router[self.pair] + math.log(share / (1 - share)))[..., None]
-            general_factor, specific_factor = ((1 - car) / (1 - share)).to(x.dtype), (car / share).to(x.dtype)
-        out = self.rest(x) + self.general(x if general_factor is None else general_factor * x)
+            x_general = ((1 - car) / (1 - share)).to(x.dtype) * x
+            x_specific = (car / share).to(x.dtype) * x
+        out = self.rest(x) + self.general(x_general)
         for pair, neurons in self.specific.items():
-            out = out + neurons(specific_factor * x if pair == self.pair and specific_factor is not None else x)
+            out = out + neurons(x_specific if pair == self.pair else x)
         return out if self.down_bias is None else out + self.down_bias
 
 
@@ -667,14 +648,11 @@ def render_examples(tokenizer, pair, text, settings, what):
     kept = [example for example in rendered if sum(map(len, example)) <= settings.max_tokens]
     if not kept:
         shortest = min(sum(map(len, example)) for example in rendered)
-        raise InputError(f"{settings.data}: all {len(rendered)} {what} examples of {pair} are longer than --max-tokens "
-                         f"{settings.max_tokens}; the shortest has {shortest}")  # fmt: skip
-    if len(kept) < len(rendered):
-        skipped = len(rendered) - len(kept)
-        print(
-            f"{what} {pair}: skipped {skipped} of {len(rendered)} examples, over {settings.max_tokens} tokens",
-            file=sys.stderr,
-        )
+        found = f"all {len(rendered)} {what} examples of {pair}, the shortest with {shortest} tokens,"
+        raise InputError(f"{settings.data}: {found} are longer than --max-tokens {settings.max_tokens}")
+    if skipped := len(rendered) - len(kept):
+        found = f"skipped {skipped} of {len(rendered)} examples, over {settings.max_tokens} tokens"
+        print(f"{what} {pair}: {found}", file=sys.stderr)
     return kept
 
 
@@ -936,7 +914,7 @@ def demo(settings):
             raise InputError(
                 f"the demo has no {pair}, only {', '.join(TOY_LANGUAGES)}; --weights and --data name your own"
             )
-    if not settings.resume:
+    if not (settings.resume and (folder / "weights" / "model.safetensors").exists()):
         shutil.rmtree(folder / "run", ignore_errors=True)
         say("No --weights, so this is the demo. It makes up four languages out of one grammar:")
         meanings = toy_meanings(PRETRAINING_SENTENCES + sum(SPLIT_SENTENCES.values()), seed=0)

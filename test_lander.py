@@ -120,6 +120,16 @@ def test_bloom_logits_equal_transformers(tmp_path, heads, options, files):
         assert_close(ours(ids, mask), reference(ids, attention_mask=mask.long()).logits, mask)
 
 
+def test_training_a_loaded_model_leaves_its_file_alone(tmp_path):
+    """Weights that are not copied lie in the mapped file; writing through the map would change the checkpoint."""
+    save_model(tiny_decoder("bloom"), tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with torch.no_grad():
+        for parameter in load_model(tmp_path).parameters():
+            parameter.add_(1)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
 def test_dtype_none_keeps_the_checkpoints(tmp_path):
     """A silent cast to fp32 doubles the memory of a published checkpoint."""
     write_bloom(tmp_path, bloom_reference(), dtype=torch.float16)
