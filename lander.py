@@ -515,8 +515,7 @@ def load_state(path, parameters, optimizer):
     step = int(tensors.pop("step"))
     for name in [name for name in tensors if "/" in name]:
         owner, key = name.split("/")
-        value = tensors.pop(name)
-        optimizer.state[parameters[owner]][key] = value if key == "step" else value.to(parameters[owner].device)
+        optimizer.state[parameters[owner]][key] = tensors.pop(name).to(parameters[owner].device)
     load_parameters(path, tensors, parameters)
     return step
 
@@ -877,9 +876,8 @@ def pretrain(folder, text):
     pairs = [f"{source}-{target}" for source, target in permutations(text, 2)]
     rows = [(pair, *row) for pair in pairs for row in zip(*(text[code] for code in split_pair(pair)))]
     random.Random(0).shuffle(rows)  # make_batches keeps this order among equal lengths: directions are mixed
-    write_json(
-        folder / "tokenizer.json", train_bpe((prompt_text(pair, source) for pair, source, _ in rows), vocab_size=512)
-    )
+    lines = (prompt_text(pair, source) for pair, source, _ in rows)
+    write_json(folder / "tokenizer.json", train_bpe(lines, vocab_size=512))
     tokenizer = load_tokenizer(folder)
     examples = [render(tokenizer, *row) for row in rows]
 
@@ -904,18 +902,15 @@ def demo(settings):
     given = {name: value for name, value in asdict(settings).items() if value != defaults[name]}
     if "data" in given:
         raise InputError("--data needs --weights; the demo makes its own text")
-    chosen = (
-        DEMO_SETTINGS
-        | given
-        | dict(weights=str(folder / "weights"), data=str(folder / "data"), out=str(folder / "run"))
-    )
-    for pair in chosen["pair"].split(","):
+    paths = dict(weights=str(folder / "weights"), data=str(folder / "data"), out=str(folder / "run"))
+    chosen = Settings(**(DEMO_SETTINGS | given | paths))
+    for pair in chosen.pair.split(","):
         if not set(split_pair(pair)) <= set(TOY_LANGUAGES):
-            raise InputError(
-                f"the demo has no {pair}, only {', '.join(TOY_LANGUAGES)}; --weights and --data name your own"
-            )
+            raise InputError(f"the demo knows {', '.join(TOY_LANGUAGES)}, not {pair}, which takes --weights and --data")
+    if not settings.out and not settings.resume:
+        shutil.rmtree(folder / "run", ignore_errors=True)  # the last demo's
+    check_run_folder(folder / "run", chosen)
     if not (settings.resume and (folder / "weights" / "model.safetensors").exists()):
-        shutil.rmtree(folder / "run", ignore_errors=True)
         say("No --weights, so this is the demo. It makes up four languages out of one grammar:")
         meanings = toy_meanings(PRETRAINING_SENTENCES + sum(SPLIT_SENTENCES.values()), seed=0)
         for code, (sentence, *_) in toy_text(meanings[:1]).items():
@@ -928,8 +923,8 @@ def demo(settings):
             first += size
         say("pretrains a tiny BLOOM to translate in all twelve directions, from text that mostly leaves endings out,")
         pretrain(folder / "weights", toy_text(meanings[:PRETRAINING_SENTENCES], PIDGIN))
-        say(f"writes it to {folder / 'weights'}, and tunes it for {chosen['pair']} on text with all endings.\n")
-    run(Settings(**chosen))
+        say(f"writes it to {folder / 'weights'}, and tunes it for {chosen.pair} on text with all endings.\n")
+    run(chosen)
 
 
 def main(argv=None):

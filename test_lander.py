@@ -1284,6 +1284,14 @@ def test_reported_scores_are_sacrebleus_own(world, tmp_path, monkeypatch):
         assert results[when]["bleu_signature"] == bleu["signature"]
 
 
+@pytest.mark.parametrize("epsilon", ["0", "1"])
+def test_groups_may_be_empty(world, tmp_path, monkeypatch, epsilon):
+    """No specific neuron at all, or no general one: no share to divide by, groups of no rows."""
+    monkeypatch.chdir(tmp_path)
+    assert lander.main(arguments(world, "--epsilon", epsilon, "--steps", "3")) == 0
+    assert all(tensor.isfinite().all() for tensor in load_file("run/tuned.safetensors").values())
+
+
 @pytest.mark.parametrize(
     "pair, name", [("en-zh", "zh"), ("en-ja", "ja-mecab"), ("en-ko", "ko-mecab"), ("zh-en", "13a")]
 )
