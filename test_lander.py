@@ -1255,6 +1255,17 @@ def test_a_run_end_to_end(world, tmp_path, monkeypatch, capsys):
     assert list(results) == pairs and set(results["qaa-qab"]) == {"before", "after"}
 
 
+def test_a_run_on_baichuan(world, baichuan_tokenizer, tmp_path, monkeypatch):
+    """A step that knows only BLOOM: no gate, no biases, tokenizer.json."""
+    monkeypatch.chdir(tmp_path)
+    save_model(tiny_decoder("rotary", vocabulary=420), tmp_path / "weights")
+    (tmp_path / "weights" / "tokenizer.model").write_bytes((baichuan_tokenizer / "tokenizer.model").read_bytes())
+    assert lander.main(arguments(world, "--weights", "weights", "--max-tokens", "400", "--steps", "4")) == 0
+    assert not any("bias" in name for name in load_file("run/tuned.safetensors"))
+    log = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
+    assert log[-1]["valid_loss"]["qaa-qab"] < log[0]["valid_loss"]["qaa-qab"]
+
+
 def test_training_lowers_the_loss_and_routing_can_be_switched_off(world, tmp_path, monkeypatch):
     """A pipeline that trains nothing reports tidy tables too."""
     monkeypatch.chdir(tmp_path)
@@ -1459,6 +1470,24 @@ def test_a_run_folder_belongs_to_one_run(world, tmp_path, monkeypatch, capsys):
         capsys.readouterr()
         assert lander.main(["--translate", "/dev/null", "--tuned", "run", "--pair", "qaa-qab"]) == 2
         assert culprit in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Worked examples, as the docstrings have them
+
+
+def test_worked_examples():
+    assert model.first_of({"n_embed": 8, "hidden_size": 4}, "n_embed", "hidden_size") == 8
+    assert model.published_names("bloom", "blocks.3.ffn.up.bias") == ["h.3.mlp.dense_h_to_4h.bias"]
+    assert model.survivors(torch.tensor([True, False, True, True])).tolist() == [0, 3, 2]
+    assert [data.byte_characters()[byte] for byte in (65, 32, 10)] == ["A", "Ġ", "Ċ"]
+    assert data.split_pair("en-de") == ("en", "de")
+    (ids,), _, (targets,) = data.make_batch([([5, 6], [7, 2])], pad_id=3)
+    assert (ids.tolist(), targets.tolist()) == ([5, 6, 7], [-100, 7, 2])
+    meaning = {"S": (3, True, 1), "O": (5, False, None), "V": (2, True)}
+    words = data.toy_words("qaa")
+    assert data.toy_sentence("qaa", words, meaning) == "dida sesas gelied lefa."
+    assert data.toy_sentence("qaa", words, meaning, pidgin=True) == "dida sesa geli lefa."
 
 
 # ---------------------------------------------------------------------------------------------------------------------
