@@ -580,7 +580,7 @@ def translate_lines(model, tokenizer, pair, sources, settings, label):
     prompts = {i: render(tokenizer, pair, source) for i, source in enumerate(sources) if source.strip()}
     order = sorted(prompts, key=lambda i: -len(prompts[i][0]))  # as make_batches sorts
     progress, done = Progress(label, len(order), "sentences"), 0
-    for batch in make_batches([prompts[i] for i in order], tokenizer.pad_id, settings.micro_tokens):
+    for batch in make_batches([prompts[i] for i in order], tokenizer.pad_id, settings.micro_tokens // settings.beams):
         ids, mask, _ = to_device(batch, model)
         # A translation of twice the prompt's length, which holds the source and more, is a loop.
         limit = min(settings.max_tokens, 2 * ids.shape[1])
@@ -677,7 +677,7 @@ def check_run_folder(folder, settings):
             if record.get(name) != value:
                 flag = "--" + name.replace("_", "-")
                 raise InputError(
-                    f"{folder}: was run with {flag} {value}, now {flag} {record.get(name)}; --resume needs it the same"
+                    f"{folder}: was run with {flag} {value}, now {flag} {record.get(name)}; --resume needs the same"
                 )
     return record
 
