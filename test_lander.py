@@ -376,19 +376,20 @@ def test_beam_search_equals_brute_force(beams, vocabulary, length, nan_in_new_me
     assert best_is_not_greedy, "greedy finds them all: the toy model is too easy to test anything"
 
 
+@pytest.mark.parametrize("beams", [2, 4])
 @pytest.mark.parametrize("kind", KINDS)
-def test_beam_search_never_scores_below_greedy(kind, nan_in_new_memory):
-    """Plain beam search may prune the greedy path and end below it."""
+def test_beam_search_never_scores_below_greedy(kind, beams, nan_in_new_memory):
+    """Plain beam search may prune the greedy path, or stop before it ends, and finish below it."""
     better = 0
     for seed in range(6):
         decoder = tiny_decoder(kind, seed, vocabulary=12)
         ids, mask = padded_ids(12, "left", lengths=(5, 11, 3, 7, 8))
-        greedy, beam = (decoder.generate(ids, mask, 12, eos_id=2, beams=beams) for beams in (1, 4))
+        greedy, beam = (decoder.generate(ids, mask, 24, eos_id=2, beams=count) for count in (1, beams))
         for row, real, a, b in zip(ids, mask, greedy, beam):
-            gain = score(decoder, row[real].tolist(), b, 2, 12) - score(decoder, row[real].tolist(), a, 2, 12)
+            gain = score(decoder, row[real].tolist(), b, 2, 24) - score(decoder, row[real].tolist(), a, 2, 24)
             assert gain > -1e-5
             better += gain > 1e-5
-    assert better > 3
+    assert better > 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
