@@ -133,14 +133,8 @@ def check_pipeline(path, published):
     split = {"type": "Split", "pattern": {"Regex": BLOOM_SPLIT}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
     model = published["model"]
-    options = (
-        "dropout",
-        "unk_token",
-        "continuing_subword_prefix",
-        "end_of_word_suffix",
-        "byte_fallback",
-        "ignore_merges",
-    )
+    options = ("dropout", "unk_token", "byte_fallback", "ignore_merges")
+    options += ("continuing_subword_prefix", "end_of_word_suffix")
     flags = ("single_word", "lstrip", "rstrip", "normalized")
     found = {
         "normalizer": published.get("normalizer"),
@@ -299,10 +293,8 @@ def candidates(folder, split, source, target):
     for first, second in ((source, target), (target, source)):
         stem = f"{folder}/{split}.{first}-{second}"
         yield [Path(f"{stem}.{code}") for code in (source, target)], read_two_files
-        yield (
-            [Path(f"{stem}.tsv")],
-            lambda path, step=1 if first == source else -1: [row[::step] for row in read_tsv(path)],
-        )
+        step = 1 if first == source else -1
+        yield [Path(f"{stem}.tsv")], lambda path, step=step: [row[::step] for row in read_tsv(path)]
         yield [Path(f"{stem}.json")], lambda path: read_translations(path, source, target)
     yield [Path(f"{folder}/{split}.{code}") for code in (source, target)], read_two_files
 

@@ -46,13 +46,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from sacrebleu.metrics import BLEU, CHRF
-from safetensors.torch import save_file
 from torch import nn
 
 from data import LANGUAGES, TOY_LANGUAGES, list_pairs, load_tokenizer, make_batches, prompt_text, read_lines
 from data import read_parallel, render, split_pair, toy_meanings, toy_text, train_bpe
 from model import Config, Decoder, InputError, activation, exit_status, load_model, open_safetensors, read_json
-from model import replacing, save_model
+from model import save_model, write_json, write_tensors, write_text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -130,9 +129,9 @@ def parse_settings(argv):
 class Progress:
     """Rate and time left of a long step, on stderr: one updating line on a terminal, else a plain line now and then."""
 
-    def __init__(self, label, total, unit):
+    def __init__(self, label, total, unit, done=0):
         self.label, self.total, self.unit = label, total, unit
-        self.done, self.first = 0, 0
+        self.done = self.first = done
         self.start = self.shown = time.monotonic()
 
     def add(self, count, note=""):
@@ -151,6 +150,10 @@ class Progress:
 
 def say(text=""):
     print(text, flush=True)
+
+
+def write_lines(path, lines):
+    write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -285,6 +288,11 @@ def categorize(awareness, epsilon):
     return owner.scatter(1, ranked, scaled.argmax(0).gather(1, ranked))
 
 
+def union(selected):
+    """The layers that any pair selected. {"en-de": [1, 7], "fr-cs": [1, 2]} -> [1, 2, 7]"""
+    return sorted({layer for layers in selected.values() for layer in layers})
+
+
 def describe_groups(awareness, owner, pairs, selected):
     """What neurons.json holds, all that RoutedFFN is made from. pairs: names of the P rows; selected: pair -> layers
 
@@ -294,7 +302,7 @@ def describe_groups(awareness, owner, pairs, selected):
     """
     scaled = scale_awareness(awareness)
     groups = {}
-    for k, layer in enumerate(sorted({layer for layers in selected.values() for layer in layers})):
+    for k, layer in enumerate(union(selected)):
         general = owner[k] == -1
         specific = {pair: owner[k] == p for p, pair in enumerate(pairs)}
         share = {}
@@ -453,6 +461,10 @@ def learning_rate(step, total, peak):
     return peak * min((step + 1) / warm, (total - step) / max(1, total - warm))
 
 
+def count_targets(batches):
+    return sum(int((batch.targets != -100).sum()) for batch in batches)
+
+
 @torch.no_grad()
 def validation_loss(model, tokenizer, examples, settings):
     """pair -> mean negative log-likelihood of a target token."""
@@ -460,8 +472,7 @@ def validation_loss(model, tokenizer, examples, settings):
     for pair, own in examples.items():
         route(model, pair)
         batches = list(make_batches(own, tokenizer.pad_id, settings.micro_tokens))
-        tokens = sum(int((batch.targets != -100).sum()) for batch in batches)
-        losses[pair] = sum(target_loss(model, batch).item() for batch in batches) / tokens
+        losses[pair] = sum(target_loss(model, batch).item() for batch in batches) / count_targets(batches)
     return losses
 
 
@@ -471,8 +482,7 @@ def train_step(model, batches, optimizer, parameters):
     The loss is the sum over all their target tokens divided by their number, not a mean of means. Frozen parameters
     have no gradient, so the optimizer passes them over: a gradient of zero would still decay and move them.
     """
-    tokens = sum(int((batch.targets != -100).sum()) for batch in batches)
-    total = 0.0
+    tokens, total = count_targets(batches), 0.0
     for batch in batches:
         loss = target_loss(model, batch) / tokens
         loss.backward()
@@ -489,8 +499,7 @@ def save_state(path, parameters, optimizer, step):
     tensors = {"step": torch.tensor(step)} | {name: parameter.detach() for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
         tensors |= {f"{name}/{key}": value for key, value in optimizer.state.get(parameter, {}).items()}
-    with replacing(path) as temporary:
-        save_file(tensors, temporary)
+    write_tensors(path, tensors)
 
 
 def read_tensors(path):
@@ -532,8 +541,7 @@ def train(model, tokenizer, examples, valid, settings, folder):
     total = settings.steps or sum(math.ceil(len(own) / settings.batch) for own in examples.values())
     start = load_state(state_path, parameters, optimizer) if state_path.exists() else 0
     kept = read_lines(log_path)[: start + 1] if start else []  # the first line is the validation loss
-    with replacing(log_path) as temporary:
-        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    write_lines(log_path, kept)
 
     with open(log_path, "a", encoding="utf-8") as log:
 
@@ -542,8 +550,7 @@ def train(model, tokenizer, examples, valid, settings, folder):
 
         if not start:
             write(step=0, valid_loss=validation_loss(model, tokenizer, valid, settings))
-        progress = Progress("training", total, "steps")
-        progress.done = progress.first = start
+        progress = Progress("training", total, "steps", done=start)
         saved, wait = time.monotonic(), SAVE_EVERY
         model.checkpointing = settings.checkpointing
         steps = islice(schedule(examples, settings.batch, settings.seed), start, total)
@@ -564,8 +571,7 @@ def train(model, tokenizer, examples, valid, settings, folder):
                 wait = max(SAVE_EVERY, 20 * (time.monotonic() - saved))
         model.checkpointing = False
         write(step=total, valid_loss=validation_loss(model, tokenizer, valid, settings))
-    with replacing(folder / "tuned.safetensors") as temporary:
-        save_file({name: parameter.detach() for name, parameter in parameters.items()}, temporary)
+    write_tensors(folder / "tuned.safetensors", {name: parameter.detach() for name, parameter in parameters.items()})
     state_path.unlink()
 
 
@@ -607,8 +613,7 @@ def evaluate(model, tokenizer, pair, text, settings, path):
     else:
         sources = [source for source, _ in text]
         hypotheses = translate_lines(model, tokenizer, pair, sources, settings, f"translating {pair}")
-        with replacing(path) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in hypotheses), encoding="utf-8")
+        write_lines(path, hypotheses)
     scores = {}
     for name, metric in make_metrics(pair).items():
         scores[name] = metric.corpus_score(hypotheses, [[target for _, target in text]]).score
@@ -653,11 +658,6 @@ def render_examples(tokenizer, pair, text, settings, what):
         found = f"skipped {skipped} of {len(rendered)} examples, over {settings.max_tokens} tokens"
         print(f"{what} {pair}: {found}", file=sys.stderr)
     return kept
-
-
-def write_json(path, value):
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def once(path, compute):
@@ -714,8 +714,8 @@ def read_inputs(tokenizer, tuned, settings):
     }
     for pair in test:
         make_metrics(pair)
-    with_valid = [pair for pair in tuned if pair in list_pairs(settings.data, "valid")]
-    valid = {pair: read("valid", pair)[:VALID_SENTENCES] for pair in with_valid}
+    with_valid = list_pairs(settings.data, "valid")
+    valid = {pair: read("valid", pair)[:VALID_SENTENCES] for pair in tuned if pair in with_valid}
     rendered = (
         {pair: render_examples(tokenizer, pair, own, settings, what) for pair, own in texts.items()}
         for what, texts in {"training": text, "validation": valid, "scoring": scoring}.items()
@@ -748,13 +748,12 @@ def group_neurons(model, tokenizer, scoring, selected, settings, folder):
     """What neurons.json holds. Each pair's awareness is saved when it is done."""
     path = folder / "awareness.safetensors"
     awareness = read_tensors(path) if path.exists() else {}
-    layers = sorted({layer for own in selected.values() for layer in own})
+    layers = union(selected)
     for pair in scoring:
         if pair not in awareness:
             batches = make_batches(scoring[pair], tokenizer.pad_id, settings.micro_tokens)
             awareness[pair] = neuron_awareness(model, counted(batches, f"scoring {pair}", len(scoring[pair])), layers)
-            with replacing(path) as temporary:
-                save_file(awareness, temporary)
+            write_tensors(path, awareness)
     stacked = torch.stack([awareness[pair] for pair in scoring])  # [P, K, F]
     return describe_groups(stacked, categorize(stacked, settings.epsilon), list(scoring), selected)
 
@@ -918,8 +917,7 @@ def demo(settings):
         first = PRETRAINING_SENTENCES
         for split, size in SPLIT_SENTENCES.items():
             for code, sentences in toy_text(meanings[first : first + size]).items():
-                with replacing(folder / "data" / f"{split}.{code}") as path:
-                    path.write_text("".join(f"{sentence}\n" for sentence in sentences), encoding="utf-8")
+                write_lines(folder / "data" / f"{split}.{code}", sentences)
             first += size
         say("pretrains a tiny BLOOM to translate in all twelve directions, from text that mostly leaves endings out,")
         pretrain(folder / "weights", toy_text(meanings[:PRETRAINING_SENTENCES], PIDGIN))

@@ -76,6 +76,23 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path, text):
+    """Write a text file whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path, value):
+    """Write a JSON file whole or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_tensors(path, tensors):
+    """Write a safetensors file whole or not at all."""
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Config and families
 
@@ -325,10 +342,10 @@ class Attention(nn.Module):
         """[B, T, D] -> [B, T, D]. The softmax runs in fp32 inside scaled_dot_product_attention."""
         B, T, D = x.shape
         H = self.config.heads
-        shape, axis = (
-            ((B, T, H, 3, D // H), 3) if self.config.query_key_value == "interleaved" else ((B, T, 3, H, D // H), 2)
-        )
-        parts = self.query_key_value(x).view(shape).unbind(axis)
+        if self.config.query_key_value == "interleaved":
+            parts = self.query_key_value(x).view(B, T, H, 3, D // H).unbind(3)
+        else:
+            parts = self.query_key_value(x).view(B, T, 3, H, D // H).unbind(2)
         query, key, value = (part.transpose(1, 2) for part in parts)  # [B, H, T, d] each
         if angles is not None:
             query, key = apply_rotary(query, *angles), apply_rotary(key, *angles)
@@ -698,10 +715,8 @@ def save_model(model, folder):
         tensors.update((name, piece.contiguous()) for name, piece in zip(names, value.detach().chunk(len(names))))
     published = {key: value for key, value in config.published.items() if key != "torch_dtype"}
     published["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
-    with replacing(Path(folder) / "config.json") as path:
-        path.write_text(json.dumps(published, indent=2) + "\n", encoding="utf-8")
-    with replacing(Path(folder) / "model.safetensors") as path:
-        save_file(tensors, path, metadata={"format": "pt"})
+    write_json(Path(folder) / "config.json", published)
+    write_tensors(Path(folder) / "model.safetensors", tensors)
 
 
 def convert(folder):
@@ -722,15 +737,13 @@ def convert(folder):
         except Exception as error:  # torch raises many kinds for a file that is not its own
             reason = str(error).split("\n")[0]
             raise InputError(f"{shard}: not a PyTorch file of plain tensors in the zip format ({reason})") from None
-        with replacing(target) as path:
-            save_file(tensors, path, metadata={"format": "pt"})
+        write_tensors(target, tensors)
         weight_map |= dict.fromkeys(tensors, target.name)
         total_size += sum(tensor.nbytes for tensor in tensors.values())
         print(f"{shard.name} -> {target.name}  {len(tensors)} tensors")
     if len(shards) > 1:
-        with replacing(folder / "model.safetensors.index.json") as path:
-            index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-            path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
 
 
 if __name__ == "__main__":

@@ -1493,6 +1493,7 @@ def test_a_run_folder_belongs_to_one_run(world, tmp_path, monkeypatch, capsys):
 def test_worked_examples():
     assert model.first_of({"n_embed": 8, "hidden_size": 4}, "n_embed", "hidden_size") == 8
     assert model.published_names("bloom", "blocks.3.ffn.up.bias") == ["h.3.mlp.dense_h_to_4h.bias"]
+    assert lander.union({"en-de": [1, 7], "fr-cs": [1, 2]}) == [1, 2, 7]
     assert model.survivors(torch.tensor([True, False, True, True])).tolist() == [0, 3, 2]
     assert [data.byte_characters()[byte] for byte in (65, 32, 10)] == ["A", "Ġ", "Ċ"]
     assert data.split_pair("en-de") == ("en", "de")
