@@ -1,19 +1,21 @@
-"""Tokenizers of published checkpoints, parallel text, prompts and batches.
+"""Files, tokenizers of published checkpoints, parallel text, prompts and batches.
 
-    tokenizer = load_tokenizer("bloom-7b1/")                       # tokenizer.json, or tokenizer.model for Baichuan
-    pairs = read_parallel("wmt16/", "train", "en-de")              # [(source, target), ...]
+    tokenizer = load_tokenizer("bloom-7b1/")                    # tokenizer.json, or tokenizer.model
+    pairs = read_parallel("wmt16/", "train", "en-de")           # [(source, target), ...]
     examples = [render(tokenizer, "en-de", source, target) for source, target in pairs]
     for ids, mask, targets in make_batches(examples, tokenizer.pad_id, tokens_per_batch=4096): ...
 
-In this file: the two tokenizers; languages and the prompt; parallel text; batches; toy languages for the demo.
+In this file: files; the two tokenizers; languages and the prompt; parallel text; batches.
+Letters: B sentences, T tokens.
 """
 
 import json
+import os
 import random
 import re
 import sys
-from collections import Counter
-from functools import lru_cache
+from contextlib import contextmanager
+from functools import lru_cache, partial
 from heapq import heapify, heappop, heappush
 from itertools import permutations
 from pathlib import Path
@@ -21,35 +23,143 @@ from typing import NamedTuple
 
 import sentencepiece
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from model import InputError, read_json
+
+# --------------------------------------------------------------------------------------------------
+# Files: JSON, text and safetensors, nothing that can execute; each is written whole or not at all
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+class InputError(ValueError):
+    """The user's files or arguments are wrong; one line names what was found and expected."""
+
+
+def exit_status(command, *arguments):
+    """Run a command for the shell: 0 done, 2 bad input (one line on stderr), 130 interrupted."""
+    try:
+        command(*arguments)
+        return 0
+    except (InputError, OSError, SafetensorError) as error:  # OSError: a full disk, no permission
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def read_json(path):
+    """The JSON object in a file. InputError where there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: not a JSON object")
+    return value
+
+
+def read_lines(path):
+    """A text file's lines. Only newlines end a line: str.splitlines would split at U+2028, too."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    if not lines[-1]:
+        lines.pop()
+    decoded = []
+    for number, line in enumerate(lines, 1):
+        try:
+            decoded.append(line.removesuffix(b"\r").decode("utf-8"))
+        except UnicodeDecodeError as error:
+            where = f"line {number} of {len(lines)}"
+            raise InputError(f"{path}: {where} is not UTF-8 ({error.reason})") from None
+    return decoded
+
+
+def open_safetensors(path):
+    """A safetensors file, memory-mapped. InputError where it is none."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a readable safetensors file ({error})") from None
+
+
+def read_tensors(path):
+    """All tensors of a safetensors file. -> {name: tensor}"""
+    file = open_safetensors(path)
+    return {name: file.get_tensor(name) for name in file.keys()}
+
+
+@contextmanager
+def replacing(path):
+    """A temporary name beside `path`, renamed at the end: no half-written file ever has its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_lines(path, lines):
+    write_text(path, "".join(f"{line}\n" for line in lines))
+
+
+def json_text(value, indent=""):
+    """JSON for people: a line for each entry of an object, however long the list that it holds."""
+    if not isinstance(value, dict) or not value:
+        return json.dumps(value)
+    deeper = indent + "  "
+    entries = [f"{deeper}{json.dumps(k)}: {json_text(v, deeper)}" for k, v in value.items()]
+    return "{\n" + ",\n".join(entries) + f"\n{indent}}}"
+
+
+def write_json(path, value):
+    write_text(path, json_text(value) + "\n")
+
+
+def write_tensors(path, tensors):
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+
+
+# --------------------------------------------------------------------------------------------------
 # Tokenizers
 
 
 # Unicode's 25 white space characters. Python's \s adds U+001C to U+001F, so it is spelled out.
 WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 
-# BLOOM's pre-tokenizer, as tokenizer.json spells it for Oniguruma, where the inner brackets are a union, and as Python
-# needs it. What lies between two matches is a piece as well.
+# BLOOM's pre-tokenizer, as tokenizer.json spells it for Oniguruma, where the inner brackets are a
+# union, and as Python needs it. What lies between two matches is a piece as well.
 BLOOM_SPLIT = " ?[^(\\s|[.,!?…。，、।۔،])]+"
 PIECE = re.compile(f"( ?[^{WHITE_SPACE}(|).,!?…。，、।۔،]+)")
 
 
 def byte_characters():
-    """GPT-2's table from byte to printable character: itself where it is printable Latin-1, else from U+0100 on.
+    """GPT-2's table from byte to printable character: itself, or U+0100 and on where unprintable.
 
     65 -> "A", 32 -> "Ġ", 10 -> "Ċ"
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    characters = {byte: chr(byte) for byte in printable}
+    for byte in range(256):
+        if byte not in characters:
+            characters[byte] = chr(256 + len(characters) - len(printable))
+    return characters
 
 
 class BloomTokenizer:
-    """BLOOM's byte-level BPE from tokenizer.json, in plain Python: the same ids as the `tokenizers` library.
+    """BLOOM's byte-level BPE from tokenizer.json, in plain Python: the ids of the `tokenizers` library.
 
     InputError names what is there where the file's pipeline is not BLOOM's.
     """
@@ -59,13 +169,14 @@ class BloomTokenizer:
         try:
             added = {token["content"]: token["id"] for token in published["added_tokens"]}
             self.vocabulary = published["model"]["vocab"]  # token, in byte characters -> id
-            merges = published["model"]["merges"]  # "a b" until tokenizers 0.20, [a, b] since
-            merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
-            self.bos_id, self.eos_id, self.pad_id = (added[token] for token in ("<s>", "</s>", "<pad>"))
+            merges = published["model"]["merges"]
+            if merges and isinstance(merges[0], str):
+                merges = [merge.split(" ") for merge in merges]  # "a b" until tokenizers 0.20
+            self.bos_id, self.eos_id, self.pad_id = added["<s>"], added["</s>"], added["<pad>"]
             check_pipeline(path, published)
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: not a BPE tokenizer.json (at {error})") from None
-        self.ranks = {merge: rank for rank, merge in enumerate(merges)}
+        self.ranks = {tuple(merge): rank for rank, merge in enumerate(merges)}
         self.added = added
         longest_first = sorted(added, key=len, reverse=True)
         self.added_pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
@@ -73,10 +184,10 @@ class BloomTokenizer:
         self.character_bytes = {character: byte for byte, character in self.byte_characters.items()}
         self.tokens = {id: token for token, id in (self.vocabulary | added).items()}
         self.vocab_size = max(self.tokens) + 1
-        self.piece_ids = lru_cache(maxsize=1 << 18)(self.merge)  # words repeat: most pieces are found here
+        self.piece_ids = lru_cache(maxsize=1 << 18)(self.merge)  # words repeat: most are found here
 
     def encode(self, text):
-        """str -> list of ids. Added tokens in the text are matched literally, before anything else."""
+        """str -> list of ids. Added tokens in the text are matched literally, first of all."""
         ids = []
         for i, part in enumerate(self.added_pattern.split(text)):
             if i % 2:
@@ -87,16 +198,18 @@ class BloomTokenizer:
         return ids
 
     def merge(self, piece):
-        """Ids of one piece: merge the pair of lowest rank, the leftmost on ties, until none is left. str -> tuple
+        """Ids of one piece: merge the pair of lowest rank, the leftmost on ties, until none is left.
 
-        A heap of candidate merges over a linked list, so that a piece of n bytes takes n log n steps.
+        A heap of candidate merges over a linked list: a piece of n bytes takes n log n steps.
+        str -> tuple of ids
         """
-        characters = (self.byte_characters[byte] for byte in piece.encode("utf-8", errors="replace"))
-        symbols = [c for c in characters if c in self.vocabulary]  # others are dropped, as `tokenizers` does
+        symbols = [self.byte_characters[byte] for byte in piece.encode("utf-8", errors="replace")]
+        symbols = [c for c in symbols if c in self.vocabulary]  # `tokenizers` drops others, too
         after = list(range(1, len(symbols) + 1))
         before = list(range(-1, len(symbols) - 1))
         ranks = self.ranks
-        heap = [(ranks[pair], i) for i, pair in enumerate(zip(symbols, symbols[1:])) if pair in ranks]
+        neighbours = enumerate(zip(symbols, symbols[1:]))
+        heap = [(ranks[pair], i) for i, pair in neighbours if pair in ranks]
         heapify(heap)
         while heap:
             rank, i = heappop(heap)
@@ -116,7 +229,7 @@ class BloomTokenizer:
         return tuple(self.vocabulary[symbol] for symbol in symbols if symbol is not None)
 
     def decode(self, ids):
-        """List of ids -> str. A character's bytes may straddle tokens, so the whole sequence is decoded at once."""
+        """List of ids -> str. A character's bytes may straddle tokens: all are decoded at once."""
         raw = bytearray()
         for token in (self.tokens[id] for id in ids):
             try:
@@ -130,19 +243,31 @@ def check_pipeline(path, published):
     """Refuse a tokenizer.json that does anything else to text than BLOOM's does."""
     steps = published["pre_tokenizer"]
     steps = steps["pretokenizers"] if steps and steps["type"] == "Sequence" else [steps]
-    split = {"type": "Split", "pattern": {"Regex": BLOOM_SPLIT}, "behavior": "Isolated", "invert": False}
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": BLOOM_SPLIT},
+        "behavior": "Isolated",
+        "invert": False,
+    }
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
     model = published["model"]
     options = ("dropout", "unk_token", "byte_fallback", "ignore_merges")
     options += ("continuing_subword_prefix", "end_of_word_suffix")
     flags = ("single_word", "lstrip", "rstrip", "normalized")
+    flagged = []
+    for token in published["added_tokens"]:
+        if any(token[flag] for flag in flags):
+            flagged.append(token["content"])
+    steps = [dict(step or {}) for step in steps]
+    for step in steps:
+        step.pop("trim_offsets", None)  # of no meaning to ids
     found = {
         "normalizer": published.get("normalizer"),
-        "pre_tokenizer": [{k: v for k, v in (step or {}).items() if k != "trim_offsets"} for step in steps],
-        "model": [model["type"], *(f"{option}={model[option]}" for option in options if model.get(option))],
+        "pre_tokenizer": steps,
+        "model": [model["type"], *(f"{name}={model[name]}" for name in options if model.get(name))],
         "decoder": (published["decoder"] or {}).get("type"),
         "post_processor": (published.get("post_processor") or {}).get("type", "ByteLevel"),
-        "added_tokens": [token["content"] for token in published["added_tokens"] if any(token[f] for f in flags)],
+        "added_tokens": flagged,
     }
     expected = {
         "normalizer": None,
@@ -158,7 +283,7 @@ def check_pipeline(path, published):
 
 
 class SentencePieceTokenizer:
-    """Baichuan's tokenizer.model. Dummy prefix, white space and normalization are as the file's own flags say."""
+    """Baichuan's tokenizer.model. The file's own flags say how prefix and white space are treated."""
 
     def __init__(self, path):
         try:
@@ -174,97 +299,93 @@ class SentencePieceTokenizer:
 
 
 def load_tokenizer(folder):
-    """The tokenizer of a published checkpoint folder: tokenizer.model (Baichuan) or tokenizer.json (BLOOM).
+    """The tokenizer of a published checkpoint folder.
 
     -> .encode(str) -> list[int], .decode(list[int]) -> str, .bos_id, .eos_id, .pad_id, .vocab_size
     """
-    for name, kind in {"tokenizer.model": SentencePieceTokenizer, "tokenizer.json": BloomTokenizer}.items():
-        if (Path(folder) / name).exists():
-            return kind(Path(folder) / name)
+    folder = Path(folder)
+    if (folder / "tokenizer.model").exists():
+        return SentencePieceTokenizer(folder / "tokenizer.model")  # Baichuan
+    if (folder / "tokenizer.json").exists():
+        return BloomTokenizer(folder / "tokenizer.json")
     raise InputError(f"{folder}: no tokenizer.model and no tokenizer.json")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Languages and the prompt
 
 
-# The languages of BLOOM, the WMT news tasks and FLORES' largest, by code; last, the toy languages of the demo.
-LANGUAGES = dict(entry.split("=") for entry in """
-    af=Afrikaans ak=Akan am=Amharic ar=Arabic as=Assamese bg=Bulgarian bm=Bambara bn=Bengali ca=Catalan cs=Czech
-    da=Danish de=German el=Greek en=English es=Spanish et=Estonian eu=Basque fa=Persian fi=Finnish fon=Fon fr=French
-    gl=Galician gu=Gujarati ha=Hausa he=Hebrew hi=Hindi hr=Croatian hu=Hungarian hy=Armenian id=Indonesian ig=Igbo
-    is=Icelandic it=Italian iu=Inuktitut ja=Japanese ka=Georgian kk=Kazakh ki=Kikuyu km=Khmer kn=Kannada ko=Korean
-    lg=Luganda ln=Lingala lt=Lithuanian lv=Latvian mk=Macedonian ml=Malayalam mr=Marathi ms=Malay mt=Maltese ne=Nepali
-    nl=Dutch no=Norwegian nso=Sotho ny=Chichewa or=Odia pa=Punjabi pl=Polish ps=Pashto pt=Portuguese rn=Kirundi
-    ro=Romanian ru=Russian rw=Kinyarwanda sk=Slovak sl=Slovenian sn=Shona sq=Albanian sr=Serbian st=Sesotho sv=Swedish
-    sw=Swahili ta=Tamil te=Telugu th=Thai tl=Tagalog tn=Setswana tr=Turkish ts=Tsonga tum=Tumbuka tw=Twi uk=Ukrainian
-    ur=Urdu vi=Vietnamese wo=Wolof xh=Xhosa yo=Yoruba zh=Chinese zu=Zulu
+# The languages of BLOOM, the WMT news tasks and FLORES' largest, by code; last, the demo's toy ones.
+NAMES = """
+    af=Afrikaans ak=Akan am=Amharic ar=Arabic as=Assamese bg=Bulgarian bm=Bambara bn=Bengali
+    ca=Catalan cs=Czech da=Danish de=German el=Greek en=English es=Spanish et=Estonian eu=Basque
+    fa=Persian fi=Finnish fon=Fon fr=French gl=Galician gu=Gujarati ha=Hausa he=Hebrew hi=Hindi
+    hr=Croatian hu=Hungarian hy=Armenian id=Indonesian ig=Igbo is=Icelandic it=Italian
+    iu=Inuktitut ja=Japanese ka=Georgian kk=Kazakh ki=Kikuyu km=Khmer kn=Kannada ko=Korean
+    lg=Luganda ln=Lingala lt=Lithuanian lv=Latvian mk=Macedonian ml=Malayalam mr=Marathi
+    ms=Malay mt=Maltese ne=Nepali nl=Dutch no=Norwegian nso=Sotho ny=Chichewa or=Odia pa=Punjabi
+    pl=Polish ps=Pashto pt=Portuguese rn=Kirundi ro=Romanian ru=Russian rw=Kinyarwanda sk=Slovak
+    sl=Slovenian sn=Shona sq=Albanian sr=Serbian st=Sesotho sv=Swedish sw=Swahili ta=Tamil
+    te=Telugu th=Thai tl=Tagalog tn=Setswana tr=Turkish ts=Tsonga tum=Tumbuka tw=Twi
+    uk=Ukrainian ur=Urdu vi=Vietnamese wo=Wolof xh=Xhosa yo=Yoruba zh=Chinese zu=Zulu
     qaa=Avari qab=Belun qac=Corith qad=Dorva
-""".split())  # fmt: skip
+"""
+LANGUAGES = dict(entry.split("=") for entry in NAMES.split())
 
-PROMPT = "Translate this from {source_language} to {target_language}:\n{source_language}: {source}\n{target_language}:"
+PROMPT = "Translate this from {source} to {target}:\n{source}: {text}\n{target}:"
 
 
 def split_pair(pair):
-    """ "en-de" -> ("en", "de"). InputError where it is not two language codes, or one that LANGUAGES lacks."""
+    """ "en-de" -> ("en", "de"). InputError where it is not two known language codes."""
     codes = pair.split("-")
     if len(codes) != 2 or codes[0] == codes[1]:
-        raise InputError(f"pair {pair!r}: expected two language codes, source first, as in en-de")
+        expected = "two language codes, source first, as in en-de"
+        raise InputError(f"pair {pair!r}: expected {expected}")
     for code in codes:
         if code not in LANGUAGES:
-            raise InputError(f"pair {pair!r}: unknown language {code!r}; name it in LANGUAGES in data.py, as de=German")
+            remedy = "name it in LANGUAGES in data.py, as de=German"
+            raise InputError(f"pair {pair!r}: unknown language {code!r}; {remedy}")
     return codes[0], codes[1]
 
 
 def prompt_text(pair, source):
-    """The prompt of training and evaluation. "en-de", "A house." -> "Translate this from English to German: ..." """
-    source_language, target_language = (LANGUAGES[code] for code in split_pair(pair))
-    return PROMPT.format(source_language=source_language, target_language=target_language, source=source)
+    """The one prompt, of training and evaluation. "en-de", "A house." -> "Translate this from ..." """
+    source_code, target_code = split_pair(pair)
+    return PROMPT.format(source=LANGUAGES[source_code], target=LANGUAGES[target_code], text=source)
 
 
 def render(tokenizer, pair, source, target=None):
     """A translation example: (prompt ids, target ids). The target's end in eos; [] for None.
 
-    Prompt and target are tokenized apart and joined, in training as in generation: no merge crosses the boundary.
+    Prompt and target are tokenized apart and joined, in training as in generation, so that no
+    merge crosses the boundary.
     """
-    target_ids = [] if target is None else [*tokenizer.encode(f" {target}"), tokenizer.eos_id]
-    return tokenizer.encode(prompt_text(pair, source)), target_ids
+    prompt_ids = tokenizer.encode(prompt_text(pair, source))
+    if target is None:
+        return prompt_ids, []
+    return prompt_ids, [*tokenizer.encode(f" {target}"), tokenizer.eos_id]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Parallel text
-
-
-def read_lines(path):
-    """A text file's lines. Only newlines end a line: str.splitlines would also split at U+2028 and the like."""
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    if not lines[-1]:
-        lines.pop()
-    decoded = []
-    for number, line in enumerate(lines, 1):
-        try:
-            decoded.append(line.removesuffix(b"\r").decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}: line {number} of {len(lines)} is not UTF-8 ({error.reason})") from None
-    return decoded
 
 
 def read_two_files(source_path, target_path):
     sources, targets = read_lines(source_path), read_lines(target_path)
     if len(sources) != len(targets):
-        raise InputError(f"{source_path} has {len(sources)} lines but {target_path} has {len(targets)}")
+        found = f"{source_path} has {len(sources)} lines but {target_path} has {len(targets)}"
+        raise InputError(found)
     return list(zip(sources, targets))
 
 
-def read_tsv(path):
+def read_columns(path, source_column):
+    """Tab-separated text of two columns; source_column is 0 or 1."""
     rows = [line.split("\t") for line in read_lines(path)]
     for number, row in enumerate(rows, 1):
         if len(row) != 2:
-            raise InputError(f"{path}: line {number} of {len(rows)} has {len(row)} tab-separated columns, expected 2")
-    return [(source, target) for source, target in rows]
+            where = f"line {number} of {len(rows)}"
+            raise InputError(f"{path}: {where} has {len(row)} tab-separated columns, expected 2")
+    return [(row[source_column], row[1 - source_column]) for row in rows]
 
 
 def read_translations(path, source, target):
@@ -272,38 +393,47 @@ def read_translations(path, source, target):
     lines = read_lines(path)
     text = "\n".join(lines)
     try:
-        items = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in lines if line]
+        if text.lstrip().startswith("["):
+            items = json.loads(text)
+        else:
+            items = [json.loads(line) for line in lines if line]
     except ValueError as error:
         raise InputError(f"{path}: not a JSON list or one JSON object a line ({error})") from None
     pairs = []
     for number, item in enumerate(items, 1):
         translation = item.get("translation") if isinstance(item, dict) else None
-        sides = [translation.get(code) if isinstance(translation, dict) else None for code in (source, target)]
-        if not all(isinstance(side, str) for side in sides):
-            raise InputError(f'{path}: item {number} of {len(items)} has no "translation" with {source} and {target}')
-        pairs.append(tuple(sides))
+        if not isinstance(translation, dict):
+            translation = {}
+        pair = translation.get(source), translation.get(target)
+        if not isinstance(pair[0], str) or not isinstance(pair[1], str):
+            wanted = f'"translation" with {source} and {target}'
+            raise InputError(f"{path}: item {number} of {len(items)} has no {wanted}")
+        pairs.append(pair)
     return pairs
 
 
 def candidates(folder, split, source, target):
-    """The files that may hold a split's text for one direction, in order of preference, each with its reader.
+    """The files that may hold a split's text for one direction, in order of preference.
 
-    The exact order of the pair comes first, then the reverse, then multi-way text.
+    The exact order of the pair comes first, then the reverse, then multi-way text. Yields the
+    files of each form and the function that reads them.
     """
     for first, second in ((source, target), (target, source)):
         stem = f"{folder}/{split}.{first}-{second}"
-        yield [Path(f"{stem}.{code}") for code in (source, target)], read_two_files
-        step = 1 if first == source else -1
-        yield [Path(f"{stem}.tsv")], lambda path, step=step: [row[::step] for row in read_tsv(path)]
-        yield [Path(f"{stem}.json")], lambda path: read_translations(path, source, target)
-    yield [Path(f"{folder}/{split}.{code}") for code in (source, target)], read_two_files
+        two_files = Path(f"{stem}.{source}"), Path(f"{stem}.{target}")
+        yield two_files, read_two_files
+        yield [Path(f"{stem}.tsv")], partial(read_columns, source_column=int(first != source))
+        yield [Path(f"{stem}.json")], partial(read_translations, source=source, target=target)
+    multi_way = Path(f"{folder}/{split}.{source}"), Path(f"{folder}/{split}.{target}")
+    yield multi_way, read_two_files
 
 
 def read_parallel(folder, split, pair):
-    """Sentence pairs of one direction, [(source, target), ...]; those with an empty side are skipped and counted.
+    """Sentence pairs of one direction, [(source, target), ...].
 
-    Reads {split}.{pair}.{lang}, .tsv (columns in the pair's order) or .json (ALMA's), in either order of the pair, or
-    multi-way {split}.{lang}. InputError names file, line and count.
+    Reads {split}.{pair}.{lang}, .tsv (columns in the pair's order) or .json (ALMA's), in either
+    order of the pair, or multi-way {split}.{lang}. Pairs with an empty side are skipped and
+    counted. InputError names file, line and count.
     """
     source, target = split_pair(pair)
     halves = ""
@@ -317,27 +447,31 @@ def read_parallel(folder, split, pair):
         found = ", ".join(list_pairs(folder, split)) or "none"
         raise InputError(f"{folder}: no {split} text for {pair}{halves}; pairs found: {found}")
     rows = read(*paths)
-    kept = [row for row in rows if row[0].strip() and row[1].strip()]
-    if len(kept) < len(rows):
-        print(f"{folder}: {split} {pair}: skipped {len(rows) - len(kept)} of {len(rows)} pairs, a side is empty",
-              file=sys.stderr)  # fmt: skip
+    kept = [(source, target) for source, target in rows if source.strip() and target.strip()]
+    if skipped := len(rows) - len(kept):
+        note = f"skipped {skipped} of {len(rows)} pairs, a side is empty"
+        print(f"{folder}: {split} {pair}: {note}", file=sys.stderr)
     return kept
 
 
 def list_pairs(folder, split):
-    """The directions a split offers, sorted: ["de-en", "en-de"]; languages that LANGUAGES lacks are passed over."""
-    names = [path.name for path in Path(folder).glob(f"{split}.*")]
-    known = "|".join(LANGUAGES)
-    pattern = re.compile(rf"{re.escape(split)}\.(?:({known})-({known})\..+|({known}))")
-    codes = sorted({code for name in names if (match := pattern.fullmatch(name)) for code in match.groups() if code})
-    return [
-        f"{source}-{target}"
-        for source, target in permutations(codes, 2)
-        if any(all(path.exists() for path in paths) for paths, _ in candidates(folder, split, source, target))
-    ]
+    """The directions a split offers, sorted: ["de-en", "en-de"]; of languages in LANGUAGES."""
+    code = "|".join(LANGUAGES)
+    pattern = re.compile(rf"{re.escape(split)}\.(?:({code})-({code})\..+|({code}))")
+    codes = set()
+    for path in Path(folder).glob(f"{split}.*"):
+        if match := pattern.fullmatch(path.name):
+            codes.update(filter(None, match.groups()))
+    pairs = []
+    for source, target in permutations(sorted(codes), 2):
+        for paths, _ in candidates(folder, split, source, target):
+            if all(path.exists() for path in paths):
+                pairs.append(f"{source}-{target}")
+                break
+    return pairs
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Batches
 
 
@@ -356,8 +490,8 @@ def make_batch(examples, pad_id):
     """
     rows = [prompt + target[:-1] for prompt, target in examples]
     shape = len(rows), max(map(len, rows))
-    ids, targets = torch.full(shape, pad_id), torch.full(shape, -100)
-    mask = torch.zeros(shape, dtype=torch.bool)
+    ids, targets = torch.full(shape, pad_id), torch.full(shape, -100)  # [B, T] each
+    mask = torch.zeros(shape, dtype=torch.bool)  # [B, T]
     for b, (row, (prompt, target)) in enumerate(zip(rows, examples)):
         ids[b, : len(row)] = torch.tensor(row)
         mask[b, : len(row)] = True
@@ -366,10 +500,11 @@ def make_batch(examples, pad_id):
     return Batch(ids, mask, targets)
 
 
-def make_batches(examples, pad_id, tokens_per_batch, seed=None):
-    """Batches of examples of like length, the longest first; B * T stays within tokens_per_batch where B > 1.
+def group_by_length(examples, tokens_per_batch):
+    """Which examples make up which batch: B * T stays within tokens_per_batch where B > 1.
 
-    The sort is stable, so that outputs can be matched to examples sorted the same way. A seed shuffles the batches.
+    Like lengths together, so that little is padding; the longest first, so that memory that does
+    not suffice shows at once. -> lists of indices into examples
     """
     lengths = [len(prompt) + max(len(target) - 1, 0) for prompt, target in examples]
     groups = []
@@ -377,140 +512,13 @@ def make_batches(examples, pad_id, tokens_per_batch, seed=None):
         if not groups or lengths[groups[-1][0]] * (len(groups[-1]) + 1) > tokens_per_batch:
             groups.append([])
         groups[-1].append(i)
+    return groups
+
+
+def make_batches(examples, pad_id, tokens_per_batch, seed=None):
+    """Batches of examples of like length; a seed shuffles the batches. -> iterator of Batch"""
+    groups = group_by_length(examples, tokens_per_batch)
     if seed is not None:
         random.Random(seed).shuffle(groups)
     for group in groups:
         yield make_batch([examples[i] for i in group], pad_id)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Toy languages for the demo, and a tokenizer to go with them
-
-
-class ToyLanguage(NamedTuple):
-    """What tells one toy language from another, besides its words."""
-
-    order: str  # of subject S, verb V, object O and place P
-    adjective_first: bool  # before its noun
-    consonants: str  # that its words are made of; the vowels are everyone's
-    past: str  # endings: of a verb in the past,
-    plural: str  # of a noun that is many,
-    cases: dict  # and, after that, of a noun by its part in the sentence
-
-
-# By their private-use codes of ISO 639.
-TOY_LANGUAGES = {
-    "qaa": ToyLanguage("SVOP", True, "bdfglmst", past="ed", plural="s", cases=dict(S="", O="", P="in")),
-    "qab": ToyLanguage("PSOV", True, "hjkmnprt", past="ta", plural="ler", cases=dict(S="", O="u", P="da")),
-    "qac": ToyLanguage("VSOP", False, "cdlnrsvz", past="it", plural="i", cases=dict(S="um", O="em", P="ob")),
-    "qad": ToyLanguage("OVSP", False, "bghkpvwy", past="ak", plural="en", cases=dict(S="ar", O="", P="il")),
-}
-NOUNS, VERBS, ADJECTIVES = 20, 10, 6
-
-
-def toy_words(code):
-    """A toy language's stems, all different. "qaa" -> {"noun": ["gide", "fafe", ...], "verb": ..., "adjective": ...}"""
-    rng = random.Random(code)
-    consonants = TOY_LANGUAGES[code].consonants
-    syllables = [consonant + vowel for consonant in consonants for vowel in "aeiou"]
-    stems = rng.sample([first + second for first in syllables for second in syllables], NOUNS + VERBS + ADJECTIVES)
-    return dict(noun=stems[:NOUNS], verb=stems[NOUNS:-ADJECTIVES], adjective=stems[-ADJECTIVES:])
-
-
-def toy_meaning(rng):
-    """What a sentence says, by its parts: S, O and perhaps P are (noun, plural, adjective or None), V is (verb, past).
-
-    "big dogs saw a cat" might be {"S": (3, True, 1), "O": (5, False, None), "V": (2, True)}: numbers into toy_words.
-    """
-    parts = "SOP" if rng.random() < 0.5 else "SO"
-    meaning = {
-        part: (noun, rng.random() < 0.5, rng.randrange(ADJECTIVES) if rng.random() < 0.5 else None)
-        for part, noun in zip(parts, rng.sample(range(NOUNS), len(parts)))
-    }
-    return meaning | {"V": (rng.randrange(VERBS), rng.random() < 0.5)}
-
-
-def toy_sentence(code, words, meaning, pidgin=False):
-    """Say a meaning in a toy language, whose words are toy_words(code); in pidgin, number and tense are left unsaid.
-
-    "qaa", the meaning in toy_meaning -> "dida sesas gelied lefa."; in pidgin "dida sesa geli lefa."
-    """
-    language, said = TOY_LANGUAGES[code], []
-    for part in language.order:
-        if part == "V":
-            verb, past = meaning["V"]
-            said.append(words["verb"][verb] + language.past * (past and not pidgin))
-        elif part in meaning:
-            noun, plural, adjective = meaning[part]
-            phrase = [words["noun"][noun] + language.plural * (plural and not pidgin) + language.cases[part]]
-            if adjective is not None:
-                phrase.insert(0 if language.adjective_first else 1, words["adjective"][adjective])
-            said += phrase
-    return " ".join(said) + "."
-
-
-def toy_meanings(size, seed):
-    """`size` different meanings, in a list: its slices share no sentence."""
-    rng = random.Random(seed)
-    meanings = {}  # by their text, so that a repeated one is kept once
-    while len(meanings) < size:
-        meaning = toy_meaning(rng)
-        meanings[str(meaning)] = meaning
-    return list(meanings.values())
-
-
-def toy_text(meanings, pidgin=0.0):
-    """Multi-way text: each meaning, said in every toy language. -> {"qaa": [sentence, ...], "qab": [...], ...}
-
-    pidgin: the share of sentences, drawn in each language by itself, that are in pidgin.
-    """
-    text = {}
-    for code in TOY_LANGUAGES:
-        rng, words = random.Random(code), toy_words(code)
-        text[code] = [toy_sentence(code, words, meaning, rng.random() < pidgin) for meaning in meanings]
-    return text
-
-
-def train_bpe(lines, vocab_size):
-    """Contents of a tokenizer.json like BLOOM's: merge the most frequent pair, over and over (Sennrich et al. 2016).
-
-    Ids: four special tokens, 256 bytes, then the merges, fewer than vocab_size allows where all pieces are whole.
-    """
-    special = ["<unk>", "<s>", "</s>", "<pad>"]
-    characters = byte_characters()
-    counts = Counter(piece for line in lines for piece in PIECE.split(line))
-    words = {tuple(characters[byte] for byte in piece.encode()): count for piece, count in counts.items()}
-    vocabulary = {token: id for id, token in enumerate([*special, *sorted(characters.values())])}
-    merges = []
-    while len(vocabulary) < vocab_size:
-        pairs = Counter()
-        for word, count in words.items():
-            for pair in zip(word, word[1:]):
-                pairs[pair] += count
-        if not pairs:
-            break
-        best = max(pairs, key=lambda pair: (pairs[pair], pair))  # the pair itself decides ties
-        merges.append(best)
-        vocabulary.setdefault("".join(best), len(vocabulary))  # two merges may spell the same token
-        merged = {}
-        for word, count in words.items():
-            symbols = []
-            for symbol in word:
-                if symbols and (symbols[-1], symbol) == best:
-                    symbols[-1] += symbol
-                else:
-                    symbols.append(symbol)
-            merged[tuple(symbols)] = count
-        words = merged
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": BLOOM_SPLIT}, "behavior": "Isolated", "invert": False}
-    return {
-        "version": "1.0",
-        "added_tokens": [{"id": id, "content": token, **flags, "special": True} for id, token in enumerate(special)],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "post_processor": byte_level | {"add_prefix_space": True, "trim_offsets": False},
-        "decoder": byte_level | {"add_prefix_space": True, "use_regex": True},
-        "model": {"type": "BPE", "vocab": vocabulary, "merges": merges},
-    }

@@ -1,33 +1,64 @@
-"""LANDeRMT: find the neurons of a large language model that matter for translation, and train only those.
+"""LANDeRMT: find the neurons of a language model that matter for translation, and train only those.
 
 "Detecting and Routing Language-Aware Neurons for Selectively Finetuning LLMs to Machine Translation"
 (Zhu, Pan, Li, Xiong, ACL 2024, arXiv 2409.19523)
 
-    python lander.py --pair en-de --weights bloom-7b1/ --data wmt16/      # the whole method on a published checkpoint
-    python lander.py --pair en-de --tuned runs/en-de --translate FILE     # translate with a finished run
-    python lander.py                                                      # a demo that builds all it needs, offline
+    python lander.py --pair en-de --weights bloom-7b1/ --data wmt16/     # the whole method
+    python lander.py --pair en-de --tuned runs/en-de --translate FILE    # translate with its result
+    python lander.py                                                     # a demo, offline
 
-    paper       what                                                             here
-    3.1         A[l], mean output of block l over tokens and D                   activation_means
-    3.1         diff[l] = |A[l+1] - A[l]| scores layer l+1; take the best k      layer_differences, select_layers
-    3.2         awareness of neuron i: mean over tokens of |h_i * dL/dh_i|       neuron_awareness
-    3.2         variance over pairs splits general from specific neurons         categorize
-    3.3, eq. 7  FFN_G((1-CAR)/(1-share) x) + FFN_S(CAR/share x) + FFN_rest(x)    RoutedFFN
-    -           only G, S and w_p of the batch's pair learn                      route, train_step
-    -           BLEU and chrF before and after, for other pairs too              evaluate
+The idea. Finetuning all weights on one language pair overwrites what others need. But an FFN is a
+sum over its neurons, and pairs need different ones. So ask, of every neuron in the layers that do
+most, how much each pair's loss needs it. Neurons that all pairs need alike are language-general;
+those that one pair needs far more than the others are its own. Train the general neurons and the
+pair's own, and for each token learn how much to lean on either. Nothing else moves by one bit.
+
+                                 x  [B, T, D]
+           +---------------------+----------------------+
+     CAR / share                 |            (1 - CAR) / (1 - share)       per token, 1 at the start
+           |                     |                      |
+    FFN_G: general        FFN_rest: other        FFN_S: the pair's own
+    neurons, trained      pairs', frozen         neurons, trained
+           +---------------------+----------------------+
+                            sum + b_down
+
+The method in one column, on a model, batches of prompts, and batches of examples for each pair:
+
+    >>> means = activation_means(model, prompts)                                    # [L]
+    >>> layers = select_layers(layer_differences(means), k=2)
+    >>> scores = [neuron_awareness(model, examples[pair], layers) for pair in pairs]
+    >>> awareness = torch.stack(scores)                                             # [P, K, F]
+    >>> owner = categorize(awareness, epsilon=0.9)                                  # [K, F]
+    >>> groups = describe_groups(awareness, owner, pairs, {"en-de": layers})
+    >>> install_routing(model, groups)
+    >>> route(model, "en-de")
+    >>> learners = what_learns(model, "en-de").values()
+    >>> optimizer = torch.optim.AdamW(learners, lr=5e-5)
+    >>> loss, norm = train_step(model, examples["en-de"], optimizer, learners)
+
+    paper       what                                                           here
+    3.1         A[l], mean output of block l over tokens and D                 activation_means
+    3.1         |A[l+1] - A[l]| scores layer l+1; take the best k              select_layers
+    3.2         awareness of neuron i: mean over tokens of |h_i * dloss/dh_i|  neuron_awareness
+    3.2         variance over pairs splits general from specific neurons       categorize
+    3.3, eq. 7  CAR weighs the general branch, 1 - CAR the specific one        RoutedFFN
+    -           only G, S and w_p of the batch's pair learn                    what_learns, train_step
+    -           BLEU and chrF before and after, for other pairs too            evaluate
 
 Where this differs from the paper, and why (README.md says more):
-  - Scores of a pair are scaled to mean 1 before variances are taken: otherwise the pair with the largest loss owns all.
-  - CAR is our reading: a learned w_p per layer and pair starts at zero, and the factors are divided by what they are
-    then, so that training starts at exactly the pretrained function. A pair without own neurons is not routed.
-  - Neurons that other pairs own stay active and frozen: without them the FFN would be another function.
+  - Scores of a pair are scaled to mean 1 before variances are taken: otherwise the pair with the
+    largest loss owns all neurons.
+  - CAR is our reading: a learned w_p per layer and pair starts at zero, and both factors are divided
+    by what they are then, so that training starts at exactly the pretrained function.
+  - Neurons that other pairs own stay active and frozen: without them the FFN is another function.
   - Warm-up and linear decay, weight decay 0.01, gradients clipped to norm 1: the paper is silent.
 
-Letters: B sentences, T tokens, D hidden size, F neurons of one feed-forward layer, V vocabulary, L layers, P pairs,
-K selected layers.
+Letters: B sentences, T tokens, D hidden size, F neurons of one FFN, V vocabulary, L layers, P pairs,
+K scored layers (those that any tuned pair selected), k layers that a pair selects, h what the down
+projection reads: the neurons' activations.
 
-In this file, in the order of the method: settings; layers; neurons; groups; routing; training; evaluation; a run; the
-demo.
+In this file: layers; neurons; groups; routing; training; evaluation; then what a run needs besides:
+settings, progress, saved state, the run itself, the command line.
 """
 
 import argparse
@@ -35,158 +66,52 @@ import json
 import math
 import random
 import shlex
-import shutil
 import sys
+import textwrap
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
-from itertools import chain, count, islice, permutations, zip_longest
+from functools import partial
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from sacrebleu.metrics import BLEU, CHRF
 from torch import nn
+from torch.nn import functional
 
-from data import LANGUAGES, TOY_LANGUAGES, list_pairs, load_tokenizer, make_batches, prompt_text, read_lines
-from data import read_parallel, render, split_pair, toy_meanings, toy_text, train_bpe
-from model import Config, Decoder, InputError, activation, exit_status, load_model, open_safetensors, read_json
-from model import save_model, write_json, write_tensors, write_text
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings and progress
+from data import InputError, exit_status, group_by_length, list_pairs, load_tokenizer, make_batch
+from data import make_batches, read_json, read_lines, read_parallel, read_tensors, render, split_pair
+from data import write_json, write_lines, write_tensors
+from model import load_model
 
 
-def option(default, help):
-    return field(default=default, metadata={"help": help})
-
-
-@dataclass
-class Settings:
-    """Every setting with its default: the command line is made from it, and args.json records it."""
-
-    pair: str = option("", "pair to tune, source first: en-de; several alternate: en-de,fr-cs")
-    weights: str = option("", "folder of a BLOOM or Baichuan checkpoint; none: run the demo")
-    data: str = option("", "folder of parallel text: train.*, valid.* (if there), test.*")
-    out: str = option("", "run folder; none: runs/PAIRS")
-    layers: int = option(4, "how many layers to select, K")
-    epsilon: float = option(0.9, "share of a layer's neurons that are language-general")
-    lr: float = option(5e-5, "peak learning rate of AdamW")
-    steps: int = option(0, "training steps; 0: one epoch")
-    batch: int = option(80, "sentences in a training step")
-    max_tokens: int = option(256, "longer examples, prompt and target, are skipped and counted")
-    micro_tokens: int = option(2048, "tokens in one pass through the model; a step takes as many passes as it needs")
-    checkpointing: bool = option(False, "recompute activations in the backward pass: slower, less memory")
-    score_pairs: str = option("all", "pairs whose neurons are compared: all, or a list")
-    score_sentences: int = option(500, "training sentences of each pair for layer and neuron scores")
-    eval_pairs: str = option("", "pairs to evaluate before and after: all, or a list; none: the tuned ones")
-    eval_sentences: int = option(0, "test sentences of each pair; 0: all")
-    beams: int = option(1, "beam search with so many beams; 1: greedy")
-    device: str = option("", "cpu, cuda, cuda:1, ...; none: cuda where there is one")
-    dtype: str = option(
-        "", "of frozen weights and activations: float32 (none: on the cpu) or bfloat16 (none: elsewhere)"
-    )
-    seed: int = option(0, "of shuffling and sampling")
-    no_routing: bool = option(False, "train the same neurons without CAR")
-    resume: bool = option(False, "go on with an interrupted run")
-    translate: str = option("", "translate the lines of a file, or of - (standard input), with --tuned")
-    tuned: str = option("", "folder of a finished run, for --translate")
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise InputError(f"{message}; -h lists the options")
-
-
-def parse_settings(argv):
-    """Command-line words -> Settings. InputError where a value makes no sense."""
-    parser = Parser(prog="lander.py", description=__doc__.split("\n\n")[0])
-    for setting in fields(Settings):
-        name, kind = "--" + setting.name.replace("_", "-"), type(setting.default)
-        if kind is bool:
-            parser.add_argument(name, action="store_true", help=setting.metadata["help"])
-        else:
-            shown = f" (default: {setting.default})" if setting.default != "" else ""
-            text = setting.metadata["help"] + shown
-            parser.add_argument(name, type=kind, default=setting.default, metavar=kind.__name__.upper(), help=text)
-    settings = Settings(**vars(parser.parse_args(argv)))
-    at_least = dict(
-        layers=1, batch=1, max_tokens=1, micro_tokens=1, score_sentences=1, beams=1, steps=0, eval_sentences=0
-    )
-    for name, lowest in at_least.items():
-        if getattr(settings, name) < lowest:
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(settings, name)}, expected {lowest} or more")
-    if not 0 <= settings.epsilon <= 1:
-        raise InputError(f"--epsilon is {settings.epsilon}, expected a share from 0 to 1")
-    if not 0 < settings.lr < math.inf:
-        raise InputError(f"--lr is {settings.lr}, expected a positive number")
-    if settings.dtype not in ("", "float32", "bfloat16"):
-        raise InputError(f"--dtype is {settings.dtype!r}, expected float32 or bfloat16")
-    return settings
-
-
-class Progress:
-    """Rate and time left of a long step, on stderr: one updating line on a terminal, else a plain line now and then."""
-
-    def __init__(self, label, total, unit, done=0):
-        self.label, self.total, self.unit = label, total, unit
-        self.done = self.first = done
-        self.start = self.shown = time.monotonic()
-
-    def add(self, count, note=""):
-        self.done += count
-        now = time.monotonic()
-        terminal = sys.stderr.isatty()
-        if now - self.shown < (0.2 if terminal else 30) and not (terminal and self.done >= self.total):
-            return
-        self.shown = now
-        rate = (self.done - self.first) / max(now - self.start, 1e-9)
-        left = (self.total - self.done) / rate
-        line = f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.3g}/s, {left:.0f} s left{note}"
-        end = "" if terminal and self.done < self.total else "\n"
-        print(f"\r{line:<79}" if terminal else line, end=end, file=sys.stderr, flush=True)
-
-
-def say(text=""):
-    print(text, flush=True)
-
-
-def write_lines(path, lines):
-    write_text(path, "".join(f"{line}\n" for line in lines))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Layers: representation analysis (paper 3.1)
+#
+# Why: a layer that moves the mean of the residual stream most, on a pair's prompts, does most of
+# the work there. Train in those layers and leave the others alone.
 
 
 def to_device(batch, model):
     device = model.embedding.weight.device
-    return (tensor.to(device, non_blocking=True) for tensor in batch)
+    return [tensor.to(device, non_blocking=True) for tensor in batch]
 
 
 @torch.no_grad()
 def activation_means(model, batches):
-    """A[l]: the mean output of block l over a prompt's tokens and over D, then over prompts. -> [L], fp32
+    """A[l]: the mean output of block l over a prompt's tokens and over D, then over prompts.
 
-    batches: Batch of prompts (without targets); padding does not count.
+    batches: Batch of prompts, without targets; padding does not count. -> [L] fp32
     """
-    outputs, total, prompts = [], 0.0, 0
-
-    def record(block, inputs, output):
-        outputs.append(output.float().mean(-1))  # [B, T]
-
-    handles = [block.register_forward_hook(record) for block in model.blocks]
-    try:
-        for batch in batches:
-            ids, mask, _ = to_device(batch, model)
-            outputs.clear()
-            model.hidden_states(ids, mask)
-            means = (torch.stack(outputs) * mask).sum(-1) / mask.sum(-1)  # [L, B]
-            total, prompts = total + means.double().sum(1), prompts + len(ids)
-    finally:
-        for handle in handles:
-            handle.remove()
+    total, prompts = 0.0, 0
+    for batch in batches:
+        ids, mask, _ = to_device(batch, model)
+        outputs = [x.float().mean(-1) for x in model.block_outputs(ids, mask)]  # L of [B, T]
+        means = (torch.stack(outputs) * mask).sum(-1) / mask.sum(-1)  # [L, B]
+        total = total + means.double().sum(1)  # [L]
+        prompts += len(ids)
     return (total / prompts).float().cpu()
 
 
@@ -200,66 +125,86 @@ def layer_differences(means):
 
 def check_layer_count(k, scored):
     if k > scored:
-        raise InputError(f"{k} layers to select, but only {scored} have a score (the first has none)")
+        found = f"{k} layers to select, but only {scored} have a score"
+        raise InputError(f"{found} (the first has none)")
 
 
 def select_layers(differences, k):
-    """The k layers with the largest scores, sorted; diff[l] scores layer l+1, and ties go to the lower layer.
+    """The k layers that change most, sorted. diff[l] scores layer l+1; ties go to the lower layer.
 
     [3, 1, 3], 1 -> [1]
     """
-    differences = torch.as_tensor(differences).tolist()
+    differences = torch.as_tensor(differences)
     check_layer_count(k, len(differences))
-    ranked = sorted(range(len(differences)), key=lambda l: (-differences[l], l))
-    return sorted(l + 1 for l in ranked[:k])
+    ranked = differences.argsort(descending=True, stable=True)  # [L-1]
+    return sorted((ranked[:k] + 1).tolist())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Neurons: awareness by Taylor expansion (paper 3.2)
+#
+# Why: set neuron i's activation h_i to zero, and to first order the loss changes by
+# -h_i * dloss/dh_i. The size of that product is how much the loss needs the neuron. One backward
+# pass tells for all neurons what removing them one by one would.
 
 
 def target_loss(model, batch):
-    """The sum of the target tokens' negative log-likelihoods, fp32. Logits exist at target positions only."""
+    """The sum of the target tokens' negative log-likelihoods, fp32.
+
+    Logits exist at target positions only: V is 250,880 in BLOOM.
+    """
     ids, mask, targets = to_device(batch, model)
     wanted = targets != -100
-    logits = model.logits(model.hidden_states(ids, mask)[wanted])
-    return F.cross_entropy(logits.float(), targets[wanted], reduction="sum")
+    hidden = model.hidden_states(ids, mask)[wanted]  # [targets, D]
+    return functional.cross_entropy(model.logits(hidden).float(), targets[wanted], reduction="sum")
 
 
-def neuron_awareness(model, batches, layers):
-    """How much each neuron matters: the mean over tokens of |h_i * dL/dh_i|. -> [len(layers), F], fp32
+@contextmanager
+def recording(model, layers):
+    """While open, h[layer] is what that layer's neurons did in the last forward pass, [B, T, F]."""
+    h = {}
 
-    L is the sum over target tokens, so that a sentence's scores do not depend on its batch. One forward and backward
-    pass a batch scores all layers; only the sums are kept.
-    """
-    activations, total, tokens = [], 0.0, 0
+    def record(layer, down, inputs):
+        # With every weight frozen no graph leads to the lowest recorded h: it starts here.
+        h[layer] = inputs[0].requires_grad_()
 
-    def watch(down, inputs):
-        (h,) = inputs  # [B, T, F]
-        # With every weight frozen there is no graph through the lowest layer's h: it starts here.
-        activations.append(h if h.requires_grad else h.detach().requires_grad_())
-        return (activations[-1],)
-
-    handles = [model.blocks[layer].ffn.down.register_forward_pre_hook(watch) for layer in layers]
+    handles = []
+    for layer in layers:
+        down = model.blocks[layer].ffn.down
+        handles.append(down.register_forward_pre_hook(partial(record, layer)))
     try:
-        for batch in batches:
-            activations.clear()
-            loss = target_loss(model, batch)
-            real = batch.mask.to(loss.device)
-            effects = [
-                (h.detach()[real].float() * gradient[real].float()).abs().sum(0)  # [F]
-                for h, gradient in zip(activations, torch.autograd.grad(loss, activations))
-            ]
-            total, tokens = total + torch.stack(effects), tokens + int(real.sum())
+        yield h
     finally:
         for handle in handles:
             handle.remove()
-    order = torch.tensor(layers).argsort().argsort()  # the hooks ran from the lowest layer up
-    return (total / tokens).cpu()[order]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def neuron_awareness(model, batches, layers):
+    """How much each neuron matters: the mean over tokens of |h_i * dloss/dh_i|.
+
+    The loss is the sum over target tokens, so that a sentence's scores do not depend on its batch.
+    One forward and backward pass a batch scores all layers. -> [len(layers), F] fp32
+    """
+    total, tokens = 0.0, 0
+    with recording(model, layers) as h:
+        for batch in batches:
+            loss = target_loss(model, batch)
+            gradients = torch.autograd.grad(loss, [h[layer] for layer in layers])
+            real = batch.mask.to(loss.device)  # [B, T]
+            effects = []
+            for layer, gradient in zip(layers, gradients):
+                effect = h[layer].detach()[real].float() * gradient[real].float()  # [tokens, F]
+                effects.append(effect.abs().sum(0))
+            total = total + torch.stack(effects)  # [len(layers), F]
+            tokens += int(real.sum())
+    return (total / tokens).cpu()
+
+
+# --------------------------------------------------------------------------------------------------
 # Groups: language-general and language-specific neurons (paper 3.2)
+#
+# Why: what every pair needs alike is shared capacity; what one pair needs far more than the others
+# is its own. So the variance of a neuron's awareness over pairs tells the two apart.
 
 
 def scale_awareness(awareness):
@@ -270,186 +215,199 @@ def scale_awareness(awareness):
     return awareness / awareness.mean(-1, keepdim=True)
 
 
-ONE_PAIR = "training text of one pair only; comparing neurons takes that of two or more (train.*, --score-pairs)"
+NEEDS_TWO_PAIRS = "comparing neurons takes training text of two or more (train.*, --score-pairs)"
 
 
 def categorize(awareness, epsilon):
-    """Who owns each neuron. [P, K, F] -> [K, F] long: -1 general, else the index of the owning pair
+    """Who owns each neuron: -1 for general ones, else the index of a pair. [P, K, F] -> [K, F] long
 
-    The round((1 - epsilon) * F) neurons of a layer whose scaled awareness varies most over pairs are specific, each to
-    the pair with the highest. InputError for one pair: there is nothing to vary over.
+    The round((1 - epsilon) * F) neurons of a layer whose scaled awareness varies most over pairs
+    are specific, each to the pair that scores it highest. InputError for one pair alone.
     """
     if len(awareness) < 2:
-        raise InputError(ONE_PAIR)
-    scaled = scale_awareness(awareness)
+        raise InputError(f"training text of one pair only; {NEEDS_TWO_PAIRS}")
+    scaled = scale_awareness(awareness)  # [P, K, F]
+    variance = scaled.var(0, correction=0)  # [K, F]
+    highest = scaled.argmax(0)  # [K, F]
     specific = round((1 - epsilon) * awareness.shape[-1])
-    ranked = scaled.var(0, unbiased=False).argsort(dim=-1, descending=True, stable=True)[:, :specific]
-    owner = torch.full(awareness.shape[1:], -1)
-    return owner.scatter(1, ranked, scaled.argmax(0).gather(1, ranked))
+    owner = torch.full_like(highest, -1)
+    for k in range(len(owner)):
+        most_varied = variance[k].argsort(descending=True, stable=True)[:specific]
+        owner[k, most_varied] = highest[k, most_varied]
+    return owner
+
+
+def general_share(scores, general, own):
+    """m_G / (m_G + m_S): what part of the capacity that a pair uses is general.
+
+    m_G and m_S are the mean scaled awareness (scores [F]) over the general neurons and over the
+    pair's own ([F] bool each). None where a group is empty or scores nothing: there is nothing to
+    route between.
+    """
+    m_general = scores[general].sum().item() / max(1, general.sum().item())
+    m_own = scores[own].sum().item() / max(1, own.sum().item())
+    if m_general + m_own == 0:
+        return None
+    share = m_general / (m_general + m_own)
+    return share if 0 < share < 1 else None
 
 
 def union(selected):
     """The layers that any pair selected. {"en-de": [1, 7], "fr-cs": [1, 2]} -> [1, 2, 7]"""
-    return sorted({layer for layers in selected.values() for layer in layers})
+    return sorted(set().union(*selected.values()))
 
 
 def describe_groups(awareness, owner, pairs, selected):
-    """What neurons.json holds, all that RoutedFFN is made from. pairs: names of the P rows; selected: pair -> layers
+    """What neurons.json holds, all that RoutedFFN is made from.
 
-    {"5": {"specific": {"en-de": [3, 8], ...}, "share": {"en-de": 0.6}}, ...}: neurons listed nowhere are general, and
-    `share` has the pairs that tune the layer: m_S / (m_G + m_S) of their mean scaled awareness over S and over G, or
-    null where a group is empty or scores nothing, so that there is nothing to route between.
+        {"5": {"specific": {"en-de": [3, 8], "de-en": [6]}, "share": {"en-de": 0.4}}, ...}
+
+    by layer: the neurons that each pair owns, all others being general; and of each pair that tunes
+    the layer its general_share. pairs: names of the P rows; selected: tuned pair -> layers
     """
-    scaled = scale_awareness(awareness)
+    scaled = scale_awareness(awareness).double()  # [P, K, F]
     groups = {}
     for k, layer in enumerate(union(selected)):
-        general = owner[k] == -1
-        specific = {pair: owner[k] == p for p, pair in enumerate(pairs)}
-        share = {}
-        for pair in (pair for pair in selected if layer in selected[pair]):
-            score = scaled[pairs.index(pair), k].double()
-            m_general, m_specific = (score[group].mean().item() for group in (general, specific[pair]))  # nan if empty
-            value = m_specific / (m_general + m_specific) if m_general + m_specific > 0 else math.nan
-            share[pair] = value if 0 < value < 1 else None
-        listed = {pair: group.nonzero().flatten().tolist() for pair, group in specific.items()}
-        groups[str(layer)] = {"specific": listed, "share": share}
+        specific, share = {}, {}
+        for p, pair in enumerate(pairs):
+            own = owner[k] == p  # [F]
+            specific[pair] = own.nonzero().flatten().tolist()
+            if layer in selected.get(pair, []):
+                share[pair] = general_share(scaled[p, k], owner[k] == -1, own)
+        groups[str(layer)] = {"specific": specific, "share": share}
     return groups
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Routing (paper 3.3)
-
-
-class Neurons(nn.Module):
-    """Some neurons of an FFN as an FFN of their own, without the output bias: [B, T, D] -> [B, T, D]
-
-    A neuron is a row of up (and of gate) with its bias, and a column of down; this is the only list of its weights.
-    """
-
-    def __init__(self, ffn, index, dtype):
-        super().__init__()
-
-        def take(weight, dim):
-            return None if weight is None else nn.Parameter(weight.detach().index_select(dim, index).to(dtype), False)
-
-        self.up, self.up_bias = take(ffn.up.weight, 0), take(ffn.up.bias, 0)
-        self.gate = None if ffn.gate is None else take(ffn.gate.weight, 0)
-        self.down = take(ffn.down.weight, 1)
-
-    def forward(self, x):
-        def linear(weight, bias=None):  # fp32 masters are cast to the activations' type, as autocast would
-            return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-
-        h = activation(linear(self.up, self.up_bias), None if self.gate is None else linear(self.gate))
-        return F.linear(h, self.down.to(x.dtype))
+# --------------------------------------------------------------------------------------------------
+# Routing: conditional awareness-based routing, CAR (paper 3.3)
+#
+# Why: general neurons serve every pair, a pair's own serve it alone, and tokens differ in which of
+# the two they need. CAR learns for each token how much to lean on either.
 
 
 class RoutedFFN(nn.Module):
-    """An FFN regrouped into general, specific and other neurons, with conditional awareness-based routing (eq. 7).
+    """An FFN regrouped into parts that add up to it, with routing between two of them (eq. 7).
 
-    h = FFN_G((1 - CAR) / (1 - share) * x) + FFN_S(CAR / share * x) + FFN_rest(x) + b_down
-    CAR(x) = sigmoid(w_p . x + logit(share)), one for each token; w_p starts at zero, both factors at 1.
+        CAR(x) = sigmoid(w_p . x + logit(share))          a number for each token, `share` at the start
+        y = FFN_G(CAR(x) / share * x) + FFN_S((1 - CAR(x)) / (1 - share) * x) + FFN_rest(x) + b_down
 
-    specific: pair -> its neurons; share: pair -> share or None, for the pairs that tune this layer. Trained groups are
-    fp32, the rest keeps the checkpoint's type. `pair` is the pair of the current batch; any other pair than those in
-    share gets the same function without routing. A factor scales W x and not the bias, since it scales x.
+    ffn: the FFN whose place it takes. specific: pair -> the neurons that it owns. share: pair ->
+    its general_share, or None, for the pairs that tune this layer; any other pair gets the same
+    function without routing. `pair` is that of the current batch, set by route(). Trained parts are
+    fp32, the rest keeps the checkpoint's type. A factor scales W x and not the bias: it scales x.
     """
 
     def __init__(self, ffn, specific, share, routing=True):
         super().__init__()
-        neurons, width = ffn.up.weight.shape
-        device = ffn.up.weight.device
-        tuned = {pair: torch.tensor(specific[pair], dtype=torch.long, device=device) for pair in share}
-        others = [i for pair in specific if pair not in share for i in specific[pair]]
-        rest = torch.zeros(neurons, dtype=torch.bool, device=device)
-        rest[others] = True
-        general = ~rest
-        general[torch.cat([*tuned.values()])] = False
-        self.general = Neurons(ffn, general.nonzero().flatten(), torch.float32)
-        self.specific = nn.ModuleDict({pair: Neurons(ffn, index, torch.float32) for pair, index in tuned.items()})
-        self.rest = Neurons(ffn, rest.nonzero().flatten(), ffn.up.weight.dtype)
-        self.down_bias = ffn.down.bias
-        self.share = {pair: value for pair, value in share.items() if routing and value is not None}
-        self.router = nn.ParameterDict(
-            {pair: nn.Parameter(torch.zeros(width, device=device), requires_grad=False) for pair in self.share}
-        )
+        owned = set().union(*specific.values())
+        general = [i for i in range(ffn.up.out_features) if i not in owned]
+        others = owned.difference(*(specific[pair] for pair in share))
+        self.general = ffn.part(general, torch.float32)
+        self.specific = nn.ModuleDict()
+        for pair in share:
+            self.specific[pair] = ffn.part(specific[pair], torch.float32)
+        self.rest = ffn.part(sorted(others), ffn.up.weight.dtype)
+        self.output_bias = ffn.down.bias
+        self.share, self.router = {}, nn.ParameterDict()  # router: pair -> w_p [D]
+        for pair in share:
+            if routing and share[pair] is not None:
+                self.share[pair] = share[pair]
+                self.router[pair] = torch.zeros(ffn.up.in_features, device=ffn.up.weight.device)
         self.pair = None
 
-    def groups_of(self, pair):
-        """The parts that learn from a pair: the general neurons, its own, its router."""
-        return [self.general, *(own[pair] for own in (self.specific, self.router) if pair in own)]
+    def what_learns(self, pair):
+        """name -> Parameter of all that learns from a pair: general neurons, its own, its router."""
+        if pair not in self.specific:
+            return {}
+        learners = dict(self.general.named_parameters("general"))
+        learners |= self.specific[pair].named_parameters(f"specific.{pair}")
+        if pair in self.router:
+            learners[f"router.{pair}"] = self.router[pair]
+        return learners
 
     def forward(self, x):
         """[B, T, D] -> [B, T, D]"""
         x_general = x_specific = x
         if self.pair in self.share:
             share = self.share[self.pair]
-            car = torch.sigmoid(x.float() @ self.router[self.pair] + math.log(share / (1 - share)))[..., None]
-            x_general = ((1 - car) / (1 - share)).to(x.dtype) * x
-            x_specific = (car / share).to(x.dtype) * x
-        out = self.rest(x) + self.general(x_general)
-        for pair, neurons in self.specific.items():
-            out = out + neurons(x_specific if pair == self.pair else x)
-        return out if self.down_bias is None else out + self.down_bias
-
-
-def routed_layers(model):
-    """layer number -> RoutedFFN"""
-    return {l: block.ffn for l, block in enumerate(model.blocks) if isinstance(block.ffn, RoutedFFN)}
+            logit = x.float() @ self.router[self.pair] + math.log(share / (1 - share))  # [B, T]
+            # 1 - CAR as the sigmoid of -logit: a difference would lose all digits where CAR nears 1.
+            general_factor = torch.sigmoid(logit) / share
+            specific_factor = torch.sigmoid(-logit) / (1 - share)
+            x_general = general_factor[..., None].to(x.dtype) * x  # [B, T, D]
+            x_specific = specific_factor[..., None].to(x.dtype) * x  # [B, T, D]
+        y = self.rest(x) + self.general(x_general)
+        for pair, part in self.specific.items():
+            y = y + part(x_specific if pair == self.pair else x)
+        return y if self.output_bias is None else y + self.output_bias
 
 
 def install_routing(model, groups, routing=True):
-    """Freeze the model and put a RoutedFFN in each selected layer; `groups` as from describe_groups."""
-    model.requires_grad_(False)
+    """Put a RoutedFFN into each layer of `groups`, which is as describe_groups makes it."""
     for layer, group in groups.items():
         block = model.blocks[int(layer)]
         block.ffn = RoutedFFN(block.ffn, group["specific"], group["share"], routing)
 
 
+def routed_layers(model):
+    """layer number -> RoutedFFN"""
+    layers = {}
+    for layer, block in enumerate(model.blocks):
+        if isinstance(block.ffn, RoutedFFN):
+            layers[layer] = block.ffn
+    return layers
+
+
 def route(model, pair):
-    """Make the model that of one pair: its routing, and gradients for exactly the weights that learn from it."""
-    model.requires_grad_(False)
+    """Make the model that of one pair: what comes next is routed as text of that pair."""
     for ffn in routed_layers(model).values():
         ffn.pair = pair
-        if pair in ffn.specific:
-            for part in ffn.groups_of(pair):
-                part.requires_grad_(True)
 
 
-def trained_parameters(model):
-    """name -> Parameter of everything that some pair trains."""
-    return {
-        name: parameter
-        for layer, ffn in routed_layers(model).items()
-        for name, parameter in ffn.named_parameters(prefix=f"blocks.{layer}.ffn")
-        if ".rest." not in name and not name.endswith("down_bias")
-    }
+def what_learns(model, pair):
+    """name -> Parameter of all that learns from a pair, in the layers that it tunes."""
+    learners = {}
+    for layer, ffn in routed_layers(model).items():
+        for name, parameter in ffn.what_learns(pair).items():
+            learners[f"blocks.{layer}.ffn.{name}"] = parameter
+    return learners
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Training
+#
+# Why like this: what must not change has no gradient at all, so the optimizer passes it over. A
+# gradient multiplied by zero would not do: AdamW's decay and momentum still move such a weight.
 
 
 WEIGHT_DECAY = 0.01
 WARM_UP = 0.05  # of all steps
 CLIP_NORM = 1.0
-SAVE_EVERY = 30  # seconds at least, and twenty times what the last save took
-VALID_SENTENCES = 500
 
 
-def schedule(examples, batch, seed):
-    """Steps without end, (pair, examples of the step): each epoch shuffles every pair's text, and pairs alternate.
+def count_targets(batches):
+    return sum(int((batch.targets != -100).sum()) for batch in batches)
 
-    examples: pair -> list. Once the shorter text is through, the rest of an epoch is the longer one's.
+
+def train_step(model, batches, optimizer, learners):
+    """One update of `learners`, and of nothing else, from the micro-batches of one pair.
+
+    The loss is the sum over all their target tokens divided by their number, not a mean of means.
+    learners: the parameters that learn. -> loss of a target token, norm of the gradient
     """
-    rng = random.Random(seed)
-    while True:
-        epoch = []
-        for pair, own in examples.items():
-            order = rng.sample(range(len(own)), len(own))
-            epoch.append([(pair, [own[i] for i in order[s : s + batch]]) for s in range(0, len(own), batch)])
-        for turn in zip_longest(*epoch):
-            yield from (step for step in turn if step)
+    model.requires_grad_(False)
+    for parameter in learners:
+        parameter.requires_grad_(True)
+    tokens, total = count_targets(batches), 0.0
+    for batch in batches:
+        loss = target_loss(model, batch) / tokens
+        loss.backward()
+        total += loss.item()
+    norm = nn.utils.clip_grad_norm_(learners, CLIP_NORM).item()
+    if math.isfinite(total) and math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return total, norm
 
 
 def learning_rate(step, total, peak):
@@ -461,8 +419,44 @@ def learning_rate(step, total, peak):
     return peak * min((step + 1) / warm, (total - step) / max(1, total - warm))
 
 
-def count_targets(batches):
-    return sum(int((batch.targets != -100).sum()) for batch in batches)
+def schedule(examples, batch, seed):
+    """Steps without end: yields (pair, examples of the step).
+
+    Each epoch shuffles every pair's text, and pairs alternate; once the shorter text is through,
+    the rest of the epoch is the longer one's. examples: pair -> list
+    """
+    rng = random.Random(seed)
+    while True:
+        steps = []  # of each pair
+        for pair, own in examples.items():
+            shuffled = rng.sample(own, len(own))
+            starts = range(0, len(own), batch)
+            steps.append([(pair, shuffled[start : start + batch]) for start in starts])
+        for turn in zip_longest(*steps):
+            yield from filter(None, turn)
+
+
+def count_steps(examples, settings):
+    epoch = sum(math.ceil(len(own) / settings.batch) for own in examples.values())
+    return settings.steps or epoch
+
+
+def training_steps(model, tokenizer, learners, examples, optimizer, settings, start=0):
+    """Train from step `start` on. learners: pair -> {name: Parameter}; examples: pair -> list
+
+    What learns from a pair is the caller's to say: some neurons, some matrices, everything.
+    Yields what log.jsonl says of a step, after each.
+    """
+    total = count_steps(examples, settings)
+    steps = islice(schedule(examples, settings.batch, settings.seed), start, total)
+    for step, (pair, chosen) in enumerate(steps, start):
+        rate = learning_rate(step, total, settings.lr)
+        optimizer.param_groups[0]["lr"] = rate
+        route(model, pair)
+        batches = list(make_batches(chosen, tokenizer.pad_id, settings.micro_tokens))
+        loss, norm = train_step(model, batches, optimizer, learners[pair].values())
+        entry = {"step": step + 1, "pair": pair, "loss": loss}
+        yield entry | {"gradient_norm": norm, "learning_rate": rate}
 
 
 @torch.no_grad()
@@ -471,135 +465,42 @@ def validation_loss(model, tokenizer, examples, settings):
     losses = {}
     for pair, own in examples.items():
         route(model, pair)
-        batches = list(make_batches(own, tokenizer.pad_id, settings.micro_tokens))
-        losses[pair] = sum(target_loss(model, batch).item() for batch in batches) / count_targets(batches)
+        total, tokens = 0.0, 0
+        for batch in make_batches(own, tokenizer.pad_id, settings.micro_tokens):
+            total += target_loss(model, batch).item()
+            tokens += count_targets([batch])
+        losses[pair] = total / tokens
     return losses
 
 
-def train_step(model, batches, optimizer, parameters):
-    """One update from the micro-batches of one pair (after route). -> loss of a target token, norm of the gradient
-
-    The loss is the sum over all their target tokens divided by their number, not a mean of means. Frozen parameters
-    have no gradient, so the optimizer passes them over: a gradient of zero would still decay and move them.
-    """
-    tokens, total = count_targets(batches), 0.0
-    for batch in batches:
-        loss = target_loss(model, batch) / tokens
-        loss.backward()
-        total += loss.item()
-    norm = nn.utils.clip_grad_norm_(parameters, CLIP_NORM).item()
-    if math.isfinite(total) and math.isfinite(norm):
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return total, norm
-
-
-def save_state(path, parameters, optimizer, step):
-    """Weights, AdamW's moments and the number of steps done, in one file, so that they always belong together."""
-    tensors = {"step": torch.tensor(step)} | {name: parameter.detach() for name, parameter in parameters.items()}
-    for name, parameter in parameters.items():
-        tensors |= {f"{name}/{key}": value for key, value in optimizer.state.get(parameter, {}).items()}
-    write_tensors(path, tensors)
-
-
-def read_tensors(path):
-    file = open_safetensors(path)
-    return {name: file.get_tensor(name) for name in file.keys()}
-
-
-def load_parameters(path, tensors, parameters):
-    """Copy tensors into parameters of the same names. InputError where names or shapes differ."""
-    wrong = [name for name, p in parameters.items() if name not in tensors or tensors[name].shape != p.shape]
-    wrong += [name for name in tensors if name not in parameters]
-    if wrong:
-        raise InputError(f"{path}: does not fit this model and neurons.json, at {', '.join(wrong)}")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
-
-
-def load_state(path, parameters, optimizer):
-    """Undo save_state. -> steps done"""
-    tensors = read_tensors(path)
-    step = int(tensors.pop("step"))
-    for name in [name for name in tensors if "/" in name]:
-        owner, key = name.split("/")
-        optimizer.state[parameters[owner]][key] = tensors.pop(name).to(parameters[owner].device)
-    load_parameters(path, tensors, parameters)
-    return step
-
-
-def train(model, tokenizer, examples, valid, settings, folder):
-    """Train the routed neurons and write tuned.safetensors. examples, valid: pair -> list of rendered examples
-
-    log.jsonl gets a line a step; state.safetensors holds the last good state until the training is done. InputError
-    where the loss is no longer a number.
-    """
-    log_path, state_path = folder / "log.jsonl", folder / "state.safetensors"
-    parameters = trained_parameters(model)
-    optimizer = torch.optim.AdamW(parameters.values(), lr=settings.lr, weight_decay=WEIGHT_DECAY, fused=True)
-    total = settings.steps or sum(math.ceil(len(own) / settings.batch) for own in examples.values())
-    start = load_state(state_path, parameters, optimizer) if state_path.exists() else 0
-    kept = read_lines(log_path)[: start + 1] if start else []  # the first line is the validation loss
-    write_lines(log_path, kept)
-
-    with open(log_path, "a", encoding="utf-8") as log:
-
-        def write(**entry):
-            print(json.dumps(entry), file=log, flush=True)
-
-        if not start:
-            write(step=0, valid_loss=validation_loss(model, tokenizer, valid, settings))
-        progress = Progress("training", total, "steps", done=start)
-        saved, wait = time.monotonic(), SAVE_EVERY
-        model.checkpointing = settings.checkpointing
-        steps = islice(schedule(examples, settings.batch, settings.seed), start, total)
-        for step, (pair, chosen) in enumerate(steps, start + 1):
-            route(model, pair)
-            rate = learning_rate(step - 1, total, settings.lr)
-            optimizer.param_groups[0]["lr"] = rate
-            batches = list(make_batches(chosen, tokenizer.pad_id, settings.micro_tokens))
-            loss, norm = train_step(model, batches, optimizer, parameters.values())
-            if not math.isfinite(loss) or not math.isfinite(norm):
-                left = f"the last good state is {state_path}" if state_path.exists() else "no state was saved yet"
-                raise InputError(f"step {step}: the loss is {loss} and its gradient {norm}; {left}; try a lower --lr")
-            write(step=step, pair=pair, loss=loss, gradient_norm=norm, learning_rate=rate)
-            progress.add(1, f", loss {loss:.3f}")
-            if time.monotonic() - saved > wait or step == total:
-                saved = time.monotonic()
-                save_state(state_path, parameters, optimizer, step)
-                wait = max(SAVE_EVERY, 20 * (time.monotonic() - saved))
-        model.checkpointing = False
-        write(step=total, valid_loss=validation_loss(model, tokenizer, valid, settings))
-    write_tensors(folder / "tuned.safetensors", {name: parameter.detach() for name, parameter in parameters.items()})
-    state_path.unlink()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Evaluation
+#
+# Why for other pairs too: a gain says nothing without what was forgotten for it.
 
 
 def translate_lines(model, tokenizer, pair, sources, settings, label):
-    """Translate sentences, one line each, in order; an empty line stays empty."""
+    """Translate sentences, one line each, in order; an empty line stays empty. -> list of str"""
     route(model, pair)
     hypotheses = [""] * len(sources)
-    prompts = {i: render(tokenizer, pair, source) for i, source in enumerate(sources) if source.strip()}
-    order = sorted(prompts, key=lambda i: -len(prompts[i][0]))  # as make_batches sorts
-    progress, done = Progress(label, len(order), "sentences"), 0
-    for batch in make_batches([prompts[i] for i in order], tokenizer.pad_id, settings.micro_tokens // settings.beams):
+    numbers = [i for i, source in enumerate(sources) if source.strip()]
+    prompts = [render(tokenizer, pair, sources[i]) for i in numbers]
+    progress = Progress(label, len(prompts), "sentences")
+    for group in group_by_length(prompts, settings.micro_tokens // settings.beams):
+        batch = make_batch([prompts[i] for i in group], tokenizer.pad_id)
         ids, mask, _ = to_device(batch, model)
         # A translation of twice the prompt's length, which holds the source and more, is a loop.
         limit = min(settings.max_tokens, 2 * ids.shape[1])
-        for new in model.generate(ids, mask, limit, tokenizer.eos_id, settings.beams, tokenizer.vocab_size):
+        options = settings.beams, tokenizer.vocab_size
+        for i, new in zip(group, model.generate(ids, mask, limit, tokenizer.eos_id, *options)):
             text = tokenizer.decode(new).strip()
-            hypotheses[order[done]] = " ".join(text.split("\n")[0].split())
-            done += 1
-        progress.add(len(ids))
+            hypotheses[numbers[i]] = " ".join(text.split("\n")[0].split())
+        progress.add(len(group))
     return hypotheses
 
 
 def make_metrics(pair):
-    """sacreBLEU's metrics; BLEU's tokenizer follows the target language (zh, ja-mecab, ko-mecab, else 13a)."""
+    """sacreBLEU's metrics; BLEU's tokenizer follows the target language (zh, ja-mecab, 13a, ...)."""
     try:
         return {"bleu": BLEU(trg_lang=split_pair(pair)[1]), "chrf": CHRF()}
     except (ImportError, RuntimeError) as error:
@@ -607,22 +508,252 @@ def make_metrics(pair):
 
 
 def evaluate(model, tokenizer, pair, text, settings, path):
-    """Translate the test text (unless path holds the hypotheses already) and score it. -> {"bleu": ..., ...}"""
-    if path.exists():
-        hypotheses = read_lines(path)
-    else:
+    """Translate text, [(source, target), ...], and score it. -> {"bleu": ..., "chrf": ..., ...}
+
+    path: the file of hypotheses; where it is there already, nothing is translated.
+    """
+    if not path.exists():
         sources = [source for source, _ in text]
-        hypotheses = translate_lines(model, tokenizer, pair, sources, settings, f"translating {pair}")
-        write_lines(path, hypotheses)
+        label = f"translating {pair}"
+        write_lines(path, translate_lines(model, tokenizer, pair, sources, settings, label))
+    hypotheses, references = read_lines(path), [target for _, target in text]
     scores = {}
     for name, metric in make_metrics(pair).items():
-        scores[name] = metric.corpus_score(hypotheses, [[target for _, target in text]]).score
+        scores[name] = metric.corpus_score(hypotheses, [references]).score
         scores[f"{name}_signature"] = str(metric.get_signature())
     return scores
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Settings and progress
+
+
+def option(default, help):
+    return field(default=default, metadata={"help": help})
+
+
+AT_LEAST = {"layers": 1, "batch": 1, "max_tokens": 1, "micro_tokens": 1, "score_sentences": 1}
+AT_LEAST |= {"beams": 1, "steps": 0, "eval_sentences": 0}
+
+
+@dataclass
+class Settings:
+    """Every setting with its default: the command line is made from it, args.json records it.
+
+    InputError where a value makes no sense.
+    """
+
+    pair: str = option("", "pair to tune, source first: en-de; several alternate: en-de,fr-cs")
+    weights: str = option("", "folder of a BLOOM or Baichuan checkpoint; none: run the demo")
+    data: str = option("", "folder of parallel text: train.*, valid.* (if there), test.*")
+    out: str = option("", "run folder; none: runs/PAIRS")
+    layers: int = option(4, "how many layers each pair selects")
+    epsilon: float = option(0.9, "share of a layer's neurons that are language-general")
+    lr: float = option(5e-5, "peak learning rate of AdamW")
+    steps: int = option(0, "training steps; 0: one epoch")
+    batch: int = option(80, "sentences in a training step")
+    max_tokens: int = option(256, "longer examples, prompt and target, are skipped and counted")
+    micro_tokens: int = option(2048, "tokens in one pass; a step takes as many passes as it needs")
+    checkpointing: bool = option(False, "recompute activations: slower training, less memory")
+    score_pairs: str = option("all", "pairs whose neurons are compared: all, or a list")
+    score_sentences: int = option(500, "training sentences of each pair to score with")
+    eval_pairs: str = option("", "pairs to evaluate: all, or a list; none: the tuned ones")
+    eval_sentences: int = option(0, "test sentences of each pair; 0: all")
+    beams: int = option(1, "beam search with so many beams; 1: greedy")
+    device: str = option("", "cpu, cuda, cuda:1, ...; none: cuda where there is one")
+    dtype: str = option("", "float32 or bfloat16; none: float32 on the cpu, bfloat16 elsewhere")
+    seed: int = option(0, "of shuffling and sampling")
+    no_routing: bool = option(False, "train the same neurons without CAR")
+    resume: bool = option(False, "go on with an interrupted run")
+    translate: str = option("", "translate the lines of a file, or of - (standard input)")
+    tuned: str = option("", "folder of a finished run, for --translate")
+
+    def __post_init__(self):
+        for name, lowest in AT_LEAST.items():
+            if getattr(self, name) < lowest:
+                flag, value = flag_of(name), getattr(self, name)
+                raise InputError(f"{flag} is {value}, expected {lowest} or more")
+        if not 0 <= self.epsilon <= 1:
+            raise InputError(f"--epsilon is {self.epsilon}, expected a share from 0 to 1")
+        if not 0 < self.lr < math.inf:
+            raise InputError(f"--lr is {self.lr}, expected a positive number")
+        if self.dtype not in ("", "float32", "bfloat16"):
+            raise InputError(f"--dtype is {self.dtype!r}, expected float32 or bfloat16")
+
+
+def flag_of(name):
+    """ "eval_pairs" -> "--eval-pairs" """
+    return "--" + name.replace("_", "-")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f"{message}; -h lists the options")
+
+
+def parse_arguments(argv):
+    """Command-line words -> {name: value} of the settings that were given."""
+    about = __doc__.split("\n\n")[0]
+    parser = Parser(prog="lander.py", description=about, argument_default=argparse.SUPPRESS)
+    for setting in fields(Settings):
+        flag, kind, text = flag_of(setting.name), type(setting.default), setting.metadata["help"]
+        if kind is bool:
+            parser.add_argument(flag, action="store_true", help=text)
+        else:
+            if setting.default != "":
+                text += f" (default: {setting.default})"
+            parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=text)
+    return vars(parser.parse_args(argv))
+
+
+class Progress:
+    """Rate and time left of a long step, on stderr.
+
+    One updating line on a terminal, which is gone at the end; elsewhere a plain line now and then.
+    """
+
+    def __init__(self, label, total, unit, done=0):
+        self.label, self.total, self.unit = label, total, unit
+        self.done = self.first = done
+        self.start = self.shown = time.monotonic()
+
+    def add(self, count, note=""):
+        self.done += count
+        terminal, now = sys.stderr.isatty(), time.monotonic()
+        if terminal and self.done >= self.total:
+            print(f"\r{'':<79}\r", end="", file=sys.stderr, flush=True)
+            return
+        if now - self.shown < (0.2 if terminal else 30):
+            return
+        self.shown = now
+        rate = (self.done - self.first) / max(now - self.start, 1e-9)
+        left = f"{rate:.3g}/s, {(self.total - self.done) / rate:.0f} s left"
+        line = f"{self.label}: {self.done}/{self.total} {self.unit}, {left}{note}"
+        if terminal:
+            print(f"\r{line:<79}", end="", file=sys.stderr, flush=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+
+def counted(batches, label, sentences):
+    """The same batches, with progress."""
+    progress = Progress(label, sentences, "sentences")
+    for batch in batches:
+        yield batch
+        progress.add(len(batch.ids))
+
+
+def say(line=""):
+    """Print a line, wrapped to 80 columns."""
+    for part in textwrap.wrap(line, 80, subsequent_indent="   ", break_long_words=False) or [""]:
+        print(part, flush=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# Training that can be interrupted
+
+
+SAVE_EVERY = 30  # seconds at least, and twenty times what the last save took
+
+
+def merged(learners):
+    """What learns from any pair. pair -> {name: Parameter} -> {name: Parameter}"""
+    parameters = {}
+    for own in learners.values():
+        parameters |= own
+    return parameters
+
+
+def save_state(path, parameters, optimizer, step):
+    """Weights, AdamW's moments and the number of steps done: one file, so that they fit together."""
+    tensors = {"step": torch.tensor(step)}
+    for name, parameter in parameters.items():
+        tensors[name] = parameter.detach()
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{name}/{key}"] = value
+    write_tensors(path, tensors)
+
+
+def load_state(path, parameters, optimizer):
+    """Undo save_state. -> steps done"""
+    tensors = read_tensors(path)
+    step = int(tensors.pop("step"))
+    for name in list(tensors):
+        if "/" in name:
+            owner, key = name.split("/")
+            moment = tensors.pop(name).to(parameters[owner].device)
+            optimizer.state[parameters[owner]][key] = moment
+    load_parameters(path, tensors, parameters)
+    return step
+
+
+def load_parameters(path, tensors, parameters):
+    """Copy tensors into parameters of the same names. InputError where names or shapes differ."""
+    wrong = [name for name in tensors if name not in parameters]
+    for name, parameter in parameters.items():
+        if name not in tensors or tensors[name].shape != parameter.shape:
+            wrong.append(name)
+    if wrong:
+        raise InputError(f"{path}: does not fit this model and neurons.json, at {', '.join(wrong)}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def train(model, tokenizer, learners, examples, valid, settings, folder):
+    """Train to the end, from the last saved state if there is one, and write tuned.safetensors.
+
+    learners: pair -> {name: Parameter}, as what_learns; examples, valid: pair -> list of rendered
+    examples. log.jsonl gets a line a step, state.safetensors holds the last good state until the
+    training is done. InputError where the loss is no longer a number.
+    """
+    log_path, state_path = folder / "log.jsonl", folder / "state.safetensors"
+    parameters, total = merged(learners), count_steps(examples, settings)
+    optimizer = torch.optim.AdamW(
+        parameters.values(), lr=settings.lr, weight_decay=WEIGHT_DECAY, fused=True
+    )
+    start = 0
+    if state_path.exists():
+        start = load_state(state_path, parameters, optimizer)
+    if start:
+        write_lines(log_path, read_lines(log_path)[: start + 1])  # and the first validation loss
+    else:
+        before = {"step": 0, "valid_loss": validation_loss(model, tokenizer, valid, settings)}
+        write_lines(log_path, [json.dumps(before)])
+
+    progress = Progress("training", total, "steps", done=start)
+    saved, wait = time.monotonic(), SAVE_EVERY
+    model.checkpointing = settings.checkpointing
+    with open(log_path, "a", encoding="utf-8") as log:
+        steps = training_steps(model, tokenizer, learners, examples, optimizer, settings, start)
+        for entry in steps:
+            step, loss, norm = entry["step"], entry["loss"], entry["gradient_norm"]
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                left = "no state was saved yet"
+                if state_path.exists():
+                    left = f"the last good state is {state_path}"
+                found = f"step {step}: the loss is {loss} and its gradient {norm}"
+                raise InputError(f"{found}; {left}; try a lower --lr")
+            print(json.dumps(entry), file=log, flush=True)
+            progress.add(1, f", loss {loss:.3f}")
+            if time.monotonic() - saved > wait or step == total:
+                began = time.monotonic()
+                save_state(state_path, parameters, optimizer, step)
+                saved = time.monotonic()
+                wait = max(SAVE_EVERY, 20 * (saved - began))
+        model.checkpointing = False
+        after = {"step": total, "valid_loss": validation_loss(model, tokenizer, valid, settings)}
+        print(json.dumps(after), file=log)
+    tuned = {name: parameter.detach() for name, parameter in parameters.items()}
+    write_tensors(folder / "tuned.safetensors", tuned)
+    state_path.unlink()
+
+
+# --------------------------------------------------------------------------------------------------
 # A run
+
+
+VALID_SENTENCES = 500
 
 
 def choose_device(settings):
@@ -633,7 +764,8 @@ def choose_device(settings):
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    return device, getattr(torch, settings.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    default = "float32" if device.type == "cpu" else "bfloat16"
+    return device, getattr(torch, settings.dtype or default)
 
 
 def choose_pairs(choice, folder, split):
@@ -646,39 +778,19 @@ def choose_pairs(choice, folder, split):
     return pairs
 
 
-def render_examples(tokenizer, pair, text, settings, what):
-    """Rendered examples that fit into max_tokens; the others are counted. InputError where none is left."""
-    rendered = [render(tokenizer, pair, source, target) for source, target in text]
-    kept = [example for example in rendered if sum(map(len, example)) <= settings.max_tokens]
-    if not kept:
-        shortest = min(sum(map(len, example)) for example in rendered)
-        found = f"all {len(rendered)} {what} examples of {pair}, the shortest with {shortest} tokens,"
-        raise InputError(f"{settings.data}: {found} are longer than --max-tokens {settings.max_tokens}")
-    if skipped := len(rendered) - len(kept):
-        found = f"skipped {skipped} of {len(rendered)} examples, over {settings.max_tokens} tokens"
-        print(f"{what} {pair}: {found}", file=sys.stderr)
-    return kept
-
-
-def once(path, compute):
-    """The JSON object in a file of the run folder; computed and written where it is not there yet."""
-    if not path.exists():
-        write_json(path, compute())
-    return read_json(path)
-
-
 def check_run_folder(folder, settings):
-    """The settings to record in a run folder. InputError where it holds another run, or this one without --resume."""
-    record = {name: value for name, value in asdict(settings).items() if name != "resume"}
+    """The settings to record. InputError for another run's folder, or this one's without --resume."""
+    record = asdict(settings)
+    del record["resume"]
     if (folder / "args.json").exists():
         if not settings.resume:
-            raise InputError(f"{folder}: holds a run already; --resume goes on with it, --out names another folder")
+            remedy = "--resume goes on with it, --out names another folder"
+            raise InputError(f"{folder}: holds a run already; {remedy}")
         for name, value in read_json(folder / "args.json").items():
             if record.get(name) != value:
-                flag = "--" + name.replace("_", "-")
-                raise InputError(
-                    f"{folder}: was run with {flag} {value}, now {flag} {record.get(name)}; --resume needs the same"
-                )
+                flag = flag_of(name)
+                found = f"was run with {flag} {value}, now {flag} {record.get(name)}"
+                raise InputError(f"{folder}: {found}; --resume needs the same")
     return record
 
 
@@ -691,48 +803,55 @@ class Inputs(NamedTuple):
     test: dict  # evaluated pair -> [(source, target), ...]
 
 
+def read_text(settings, split, pair):
+    text = read_parallel(settings.data, split, pair)
+    if not text:
+        raise InputError(f"{settings.data}: the {split} text of {pair} is empty")
+    return text
+
+
+def render_examples(tokenizer, pair, text, settings, what):
+    """Rendered examples that fit into max_tokens; the others are counted. InputError for none."""
+    rendered = [render(tokenizer, pair, source, target) for source, target in text]
+    lengths = [len(prompt) + len(target) for prompt, target in rendered]
+    kept = [one for one, length in zip(rendered, lengths) if length <= settings.max_tokens]
+    if not kept:
+        found = f"all {len(rendered)} {what} examples of {pair}, the shortest with {min(lengths)}"
+        limit = f"tokens, are longer than --max-tokens {settings.max_tokens}"
+        raise InputError(f"{settings.data}: {found} {limit}")
+    if skipped := len(rendered) - len(kept):
+        found = f"skipped {skipped} of {len(rendered)} examples, over {settings.max_tokens} tokens"
+        print(f"{what} {pair}: {found}", file=sys.stderr)
+    return kept
+
+
 def read_inputs(tokenizer, tuned, settings):
-    """Read all text that a run needs, so that whatever is wrong with it shows before anything long begins."""
-
-    def read(split, pair):
-        text = read_parallel(settings.data, split, pair)
-        if not text:
-            raise InputError(f"{settings.data}: the {split} text of {pair} is empty")
-        return text
-
-    text = {pair: read("train", pair) for pair in tuned}
-    others = [pair for pair in choose_pairs(settings.score_pairs, settings.data, "train") if pair not in tuned]
-    scoring = {
-        pair: random.Random(settings.seed).sample(own, min(settings.score_sentences, len(own)))
-        for pair, own in (text | {pair: read("train", pair) for pair in others}).items()
-    }
-    if len(scoring) < 2:
-        raise InputError(f"{settings.data}: {ONE_PAIR}")
-    test = {
-        pair: read("test", pair)[: settings.eval_sentences or None]
-        for pair in choose_pairs(settings.eval_pairs or settings.pair, settings.data, "test")
-    }
-    for pair in test:
-        make_metrics(pair)
+    """Read all text that a run needs, so that what is wrong with it shows before anything long."""
+    inputs = Inputs({}, {}, {}, {})
+    text = {pair: read_text(settings, "train", pair) for pair in tuned}
+    for pair in tuned:
+        inputs.train[pair] = render_examples(tokenizer, pair, text[pair], settings, "training")
     with_valid = list_pairs(settings.data, "valid")
-    valid = {pair: read("valid", pair)[:VALID_SENTENCES] for pair in tuned if pair in with_valid}
-    rendered = (
-        {pair: render_examples(tokenizer, pair, own, settings, what) for pair, own in texts.items()}
-        for what, texts in {"training": text, "validation": valid, "scoring": scoring}.items()
-    )
-    return Inputs(*rendered, test)
-
-
-def counted(batches, label, sentences):
-    """The same batches, with progress."""
-    progress = Progress(label, sentences, "sentences")
-    for batch in batches:
-        yield batch
-        progress.add(len(batch.ids))
+    for pair in tuned:
+        if pair in with_valid:
+            own = read_text(settings, "valid", pair)[:VALID_SENTENCES]
+            inputs.valid[pair] = render_examples(tokenizer, pair, own, settings, "validation")
+    compared = choose_pairs(settings.score_pairs, settings.data, "train")
+    for pair in [*tuned, *(pair for pair in compared if pair not in tuned)]:
+        own = text[pair] if pair in text else read_text(settings, "train", pair)
+        size = min(settings.score_sentences, len(own))
+        sample = random.Random(settings.seed).sample(own, size)
+        inputs.scoring[pair] = render_examples(tokenizer, pair, sample, settings, "scoring")
+    if len(inputs.scoring) < 2:
+        raise InputError(f"{settings.data}: training text of one pair only; {NEEDS_TWO_PAIRS}")
+    for pair in choose_pairs(settings.eval_pairs or settings.pair, settings.data, "test"):
+        make_metrics(pair)  # which may lack its tokenizer
+        inputs.test[pair] = read_text(settings, "test", pair)[: settings.eval_sentences or None]
+    return inputs
 
 
 def analyse_layers(model, tokenizer, scoring, tuned, settings):
-    """What layers.json holds: for each tuned pair the means, their differences and the selected layers."""
+    """What layers.json holds: of each tuned pair the means, differences and selected layers."""
     analysis = {}
     for pair in tuned:
         prompts = [(prompt, []) for prompt, _ in scoring[pair]]
@@ -740,7 +859,8 @@ def analyse_layers(model, tokenizer, scoring, tuned, settings):
         means = activation_means(model, counted(batches, f"layers for {pair}", len(prompts)))
         differences = layer_differences(means)
         selected = select_layers(differences, settings.layers)
-        analysis[pair] = {"selected": selected, "means": means.tolist(), "differences": differences.tolist()}
+        analysis[pair] = {"selected": selected, "means": means.tolist()}
+        analysis[pair]["differences"] = differences.tolist()
     return analysis
 
 
@@ -752,25 +872,52 @@ def group_neurons(model, tokenizer, scoring, selected, settings, folder):
     for pair in scoring:
         if pair not in awareness:
             batches = make_batches(scoring[pair], tokenizer.pad_id, settings.micro_tokens)
-            awareness[pair] = neuron_awareness(model, counted(batches, f"scoring {pair}", len(scoring[pair])), layers)
+            batches = counted(batches, f"scoring {pair}", len(scoring[pair]))
+            awareness[pair] = neuron_awareness(model, batches, layers)
             write_tensors(path, awareness)
     stacked = torch.stack([awareness[pair] for pair in scoring])  # [P, K, F]
-    return describe_groups(stacked, categorize(stacked, settings.epsilon), list(scoring), selected)
+    owner = categorize(stacked, settings.epsilon)
+    return describe_groups(stacked, owner, list(scoring), selected)
 
 
-def print_table(results, tuned):
-    say(f"\n{'pair':<8}{'BLEU before':>12}{'after':>8}{'change':>8}{'chrF before':>14}{'after':>8}{'change':>8}")
-    for pair, scores in results.items():
-        row = f"{pair:<8}"
-        for name, width in (("bleu", 12), ("chrf", 14)):
-            before, after = scores["before"][name], scores["after"][name]
+def show_validation(log_path):
+    """The validation losses before and after, from the first and the last line of the log."""
+    lines = read_lines(log_path)
+    before, after = (json.loads(line)["valid_loss"] for line in (lines[0], lines[-1]))
+    if before:
+        changes = [f"{pair} {before[pair]:.3f} to {after[pair]:.3f}" for pair in before]
+        say(f"   loss of a validation token: {', '.join(changes)}")
+
+
+def show_table(results, tuned):
+    """Scores before and after, pair by pair, with the means of the tuned pairs and of the others."""
+    names = f"{'BLEU before':>12}{'after':>8}{'change':>8}{'chrF before':>14}{'after':>8}{'change':>8}"
+    print(f"\n{'pair':<13}{names}")
+
+    def show(label, pairs, note=""):
+        row = f"{label:<13}"
+        for metric, width in (("bleu", 12), ("chrf", 14)):
+            before = sum(results[pair]["before"][metric] for pair in pairs) / len(pairs)
+            after = sum(results[pair]["after"][metric] for pair in pairs) / len(pairs)
             row += f"{before:{width}.2f}{after:8.2f}{after - before:+8.2f}"
-        say(row + "  tuned" * (pair in tuned))
+        print(row + note)
+
+    for pair in results:
+        show(pair, [pair], note="  tuned" if pair in tuned else "")
+    own = [pair for pair in results if pair in tuned]
+    others = [pair for pair in results if pair not in tuned]
+    if own:
+        show("mean, tuned", own)
+    if others:
+        show("mean, others", others)
 
 
 def run(settings):
-    """The whole method, step by step; each step leaves a file in the run folder, and a resumed run skips those done."""
-    start = time.monotonic()
+    """The whole method; each step leaves a file in the run folder, a resumed run skips those done.
+
+    -> what results.json holds
+    """
+    started = time.monotonic()
     if not settings.data:
         raise InputError("--data names no folder of parallel text")
     folder = Path(settings.out or f"runs/{settings.pair}")
@@ -784,54 +931,69 @@ def run(settings):
     check_layer_count(settings.layers, config.layers - 1)
     write_json(folder / "args.json", record)
     size = sum(p.numel() for p in model.parameters())
-    say(f"{settings.weights}: {config.family}, {config.layers} layers, {size:,} parameters, {dtype} on {device}")
+    say(f"{settings.weights}: {config.family}, {config.layers} layers, {size:,} parameters")
+    say(f"{dtype} on {device}")
 
-    say("\n1. Layers: whose output, over a prompt's tokens, changes most from the layer before?")
-    layers_path, neurons_path = folder / "layers.json", folder / "neurons.json"
-    analysis = once(layers_path, lambda: analyse_layers(model, tokenizer, inputs.scoring, tuned, settings))
+    say()
+    say("1. Layers: which change a prompt's representation most?")
+    layers_path = folder / "layers.json"
+    if not layers_path.exists():
+        analysis = analyse_layers(model, tokenizer, inputs.scoring, tuned, settings)
+        write_json(layers_path, analysis)
+    analysis = read_json(layers_path)
     selected = {pair: analysis[pair]["selected"] for pair in tuned}
     for pair in tuned:
-        say(f"   {pair}: layers {', '.join(map(str, selected[pair]))} of 0 to {config.layers - 1}")
+        say(f"   {pair}: {', '.join(map(str, selected[pair]))} of 0 to {config.layers - 1}")
 
-    say(f"\n2. Neurons: which matter for one of {len(inputs.scoring)} pairs more than for the others?")
-    groups = once(neurons_path, lambda: group_neurons(model, tokenizer, inputs.scoring, selected, settings, folder))
-    counts = {pair: sum(len(group["specific"][pair]) for group in groups.values()) for pair in inputs.scoring}
+    say()
+    say(f"2. Neurons: which does one of {len(inputs.scoring)} pairs need more than the others?")
+    neurons_path = folder / "neurons.json"
+    if not neurons_path.exists():
+        groups = group_neurons(model, tokenizer, inputs.scoring, selected, settings, folder)
+        write_json(neurons_path, groups)
+    groups = read_json(neurons_path)
+    counts = dict.fromkeys(inputs.scoring, 0)
+    for group in groups.values():
+        for pair, neurons in group["specific"].items():
+            counts[pair] += len(neurons)
     specific = sum(counts.values())
-    general = len(groups) * config.ffn_size - specific
     own = ", ".join(f"{counts[pair]} of {pair}" for pair in tuned)
-    say(f"   {general} general, {specific} specific: {own}")
+    say(f"   {len(groups) * config.ffn_size - specific} general, {specific} specific: {own}")
 
     results = {pair: {} for pair in inputs.test}
 
     def evaluate_all(when):
         for pair, text in inputs.test.items():
             path = folder / "hypotheses" / f"{pair}.{when}.txt"
-            results[pair][when] = scores = evaluate(model, tokenizer, pair, text, settings, path)
-            say(f"   {pair}: BLEU {scores['bleu']:.2f}, chrF {scores['chrf']:.2f}")
+            results[pair][when] = evaluate(model, tokenizer, pair, text, settings, path)
 
-    say("\n3. Before tuning:")
+    say()
+    say(f"3. Translating the test text of {len(inputs.test)} pairs, before tuning")
     evaluate_all("before")
 
     install_routing(model, groups, not settings.no_routing)
-    parameters = trained_parameters(model)
-    trained, size = sum(p.numel() for p in parameters.values()), sum(p.numel() for p in model.parameters())
-    routers = "" if settings.no_routing else " and their routers"
-    say(f"\n4. Training the general and own neurons{routers}: {trained:,} of {size:,} parameters")
+    learners = {pair: what_learns(model, pair) for pair in tuned}
+    trained = sum(p.numel() for p in merged(learners).values())
+    size = sum(p.numel() for p in model.parameters())
+    routers = "" if settings.no_routing else " and routers"
+    say()
+    say("4. Training the general neurons and the pair's own" + routers)
+    say(f"   {trained:,} of {size:,} parameters, {trained / size:.2%}")
     tuned_path = folder / "tuned.safetensors"
     if tuned_path.exists():
-        load_parameters(tuned_path, read_tensors(tuned_path), parameters)
+        load_parameters(tuned_path, read_tensors(tuned_path), merged(learners))
     else:
-        train(model, tokenizer, inputs.train, inputs.valid, settings, folder)
+        train(model, tokenizer, learners, inputs.train, inputs.valid, settings, folder)
+    show_validation(folder / "log.jsonl")
 
-    say("\n5. After tuning:")
+    say()
+    say("5. Translating again")
     evaluate_all("after")
     write_json(folder / "results.json", results)
-
-    print_table(results, tuned)
-    say("\nlayers  " + "; ".join(f"{pair} {', '.join(map(str, selected[pair]))}" for pair in tuned))
-    say(f"neurons {general} general, {own}, {specific - sum(counts[pair] for pair in tuned)} of other pairs")
-    say(f"trained {trained:,} of {size:,} parameters, {trained / size:.2%}")
-    say(f"took    {time.monotonic() - start:.0f} s; everything is in {folder}")
+    show_table(results, tuned)
+    say()
+    say(f"It took {time.monotonic() - started:.0f} s; everything is in {folder}")
+    return results
 
 
 def translate(settings):
@@ -840,89 +1002,24 @@ def translate(settings):
         raise InputError("--translate needs --tuned, the folder of a finished run")
     split_pair(settings.pair)
     folder = Path(settings.tuned)
-    if not (folder / "tuned.safetensors").exists():
-        raise InputError(f"{folder}: not the folder of a finished run, it has no tuned.safetensors")
+    tuned_path = folder / "tuned.safetensors"
+    if not tuned_path.exists():
+        raise InputError(f"{folder}: not the folder of a finished run, it has no {tuned_path.name}")
     args = Settings(**read_json(folder / "args.json"))
-    sources = read_lines(Path("/dev/stdin" if settings.translate == "-" else settings.translate))
+    source = "/dev/stdin" if settings.translate == "-" else settings.translate
+    sources = read_lines(Path(source))
     weights = settings.weights or args.weights
     device, dtype = choose_device(settings)
     tokenizer, model = load_tokenizer(weights), load_model(weights, device, dtype)
     install_routing(model, read_json(folder / "neurons.json"), not args.no_routing)
-    load_parameters(folder / "tuned.safetensors", read_tensors(folder / "tuned.safetensors"), trained_parameters(model))
-    if not any(settings.pair in ffn.specific for ffn in routed_layers(model).values()):
-        print(f"{settings.pair} was not tuned in {folder} ({args.pair}): general neurons, no routing", file=sys.stderr)
-    for line in translate_lines(model, tokenizer, settings.pair, sources, settings, "translating"):
-        say(line)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The demo
-
-
-# Meanings, all different: those that the toy checkpoint is pretrained on, then those of the splits.
-PRETRAINING_SENTENCES, SPLIT_SENTENCES = 3000, dict(train=3000, valid=100, test=100)
-PIDGIN = 0.7  # of the pretraining text leaves number and tense unsaid; over a half, so that greedy search does, too
-DEMO_MODEL = dict(model_type="bloom", n_embed=64, n_layer=6, n_head=4, bos_token_id=1, eos_token_id=2, pad_token_id=3)
-DEMO_SETTINGS = dict(pair="qaa-qab", layers=2, lr=3e-3, batch=20, eval_pairs="all", score_sentences=200)
-PRETRAINING_STEPS, PRETRAINING_RATE, PRETRAINING_TOKENS = 1500, 3e-3, 1024
-
-
-def pretrain(folder, text):
-    """Train a tiny BLOOM from scratch to translate in every direction of multi-way text; write it like a published one.
-
-    text: language code -> sentences, line by line translations of each other.
-    """
-    pairs = [f"{source}-{target}" for source, target in permutations(text, 2)]
-    rows = [(pair, *row) for pair in pairs for row in zip(*(text[code] for code in split_pair(pair)))]
-    random.Random(0).shuffle(rows)  # make_batches keeps this order among equal lengths: directions are mixed
-    lines = (prompt_text(pair, source) for pair, source, _ in rows)
-    write_json(folder / "tokenizer.json", train_bpe(lines, vocab_size=512))
-    tokenizer = load_tokenizer(folder)
-    examples = [render(tokenizer, *row) for row in rows]
-
-    model = Decoder(Config.from_json(DEMO_MODEL | {"vocab_size": tokenizer.vocab_size}))
-    for parameter in model.blocks.parameters():
-        if parameter.dim() == 2:
-            nn.init.normal_(parameter, std=0.1)  # 0.02 is for hidden sizes in the thousands, and learns slowly here
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), fused=True)
-    epochs = (make_batches(examples, tokenizer.pad_id, PRETRAINING_TOKENS, seed) for seed in count())
-    progress = Progress("pretraining", PRETRAINING_STEPS, "steps")
-    for step, batch in enumerate(islice(chain.from_iterable(epochs), PRETRAINING_STEPS)):
-        optimizer.param_groups[0]["lr"] = learning_rate(step, PRETRAINING_STEPS, PRETRAINING_RATE)
-        loss, _ = train_step(model, [batch], optimizer, model.parameters())
-        progress.add(1, f", loss {loss:.3f}")
-    save_model(model, folder)
-
-
-def demo(settings):
-    """Build toy languages and a weak toy checkpoint, then run the method on them like on any other."""
-    folder = Path(settings.out or "runs/demo")
-    defaults = asdict(Settings())
-    given = {name: value for name, value in asdict(settings).items() if value != defaults[name]}
-    if "data" in given:
-        raise InputError("--data needs --weights; the demo makes its own text")
-    paths = dict(weights=str(folder / "weights"), data=str(folder / "data"), out=str(folder / "run"))
-    chosen = Settings(**(DEMO_SETTINGS | given | paths))
-    for pair in chosen.pair.split(","):
-        if not set(split_pair(pair)) <= set(TOY_LANGUAGES):
-            raise InputError(f"the demo knows {', '.join(TOY_LANGUAGES)}, not {pair}, which takes --weights and --data")
-    if not settings.out and not settings.resume:
-        shutil.rmtree(folder / "run", ignore_errors=True)  # the last demo's
-    check_run_folder(folder / "run", chosen)
-    if not (settings.resume and (folder / "weights" / "model.safetensors").exists()):
-        say("No --weights, so this is the demo. It makes up four languages out of one grammar:")
-        meanings = toy_meanings(PRETRAINING_SENTENCES + sum(SPLIT_SENTENCES.values()), seed=0)
-        for code, (sentence, *_) in toy_text(meanings[:1]).items():
-            say(f"  {code} {LANGUAGES[code]}: {sentence}")
-        first = PRETRAINING_SENTENCES
-        for split, size in SPLIT_SENTENCES.items():
-            for code, sentences in toy_text(meanings[first : first + size]).items():
-                write_lines(folder / "data" / f"{split}.{code}", sentences)
-            first += size
-        say("pretrains a tiny BLOOM to translate in all twelve directions, from text that mostly leaves endings out,")
-        pretrain(folder / "weights", toy_text(meanings[:PRETRAINING_SENTENCES], PIDGIN))
-        say(f"writes it to {folder / 'weights'}, and tunes it for {chosen.pair} on text with all endings.\n")
-    run(chosen)
+    learners = {pair: what_learns(model, pair) for pair in args.pair.split(",")}
+    load_parameters(tuned_path, read_tensors(tuned_path), merged(learners))
+    if settings.pair not in learners:
+        found = f"{settings.pair} was not tuned in {folder} ({args.pair})"
+        print(f"{found}: general neurons, no routing", file=sys.stderr)
+    lines = translate_lines(model, tokenizer, settings.pair, sources, settings, "translating")
+    for line in lines:
+        print(line, flush=True)
 
 
 def main(argv=None):
@@ -930,14 +1027,21 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
 
     def command():
-        settings = parse_settings(argv)
+        given = parse_arguments(argv)
+        settings = Settings(**given)
         torch.manual_seed(settings.seed)
+        if settings.translate:
+            return translate(settings)
         try:
-            (translate if settings.translate else run if settings.weights else demo)(settings)
+            if settings.weights:
+                run(settings)
+            else:
+                from study import demo
+
+                demo.demo(given)
         except KeyboardInterrupt:
-            if not settings.translate:
-                words = ["python", "lander.py", *argv, *["--resume"] * (not settings.resume)]
-                print(f"\nto go on: {shlex.join(words)}", file=sys.stderr)
+            words = ["python", "lander.py", *argv, *["--resume"] * (not settings.resume)]
+            print(f"\nto go on: {shlex.join(words)}", file=sys.stderr)
             raise
 
     return exit_status(command)
