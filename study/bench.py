@@ -70,7 +70,9 @@ def load(folder, args):
         models["ours"] = load_model(folder, args.device, dtype)
 
     def theirs():
-        models["theirs"] = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(args.device)
+        models["theirs"] = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype
+        ).to(args.device)
 
     alternate("load", ours, theirs, args)
     return models["ours"], models["theirs"]
@@ -86,7 +88,9 @@ def train(model, reference, examples, args):
 
     def ours():
         model.zero_grad()
-        loss = F.cross_entropy(model.logits(model.hidden_states(ids, mask)[wanted]).float(), targets[wanted])
+        loss = F.cross_entropy(
+            model.logits(model.hidden_states(ids, mask)[wanted]).float(), targets[wanted]
+        )
         loss.backward()
         losses["ours"] = loss.item()
 
@@ -98,13 +102,17 @@ def train(model, reference, examples, args):
 
     alternate("train", ours, theirs, args)
     tolerance = 1e-4 if args.dtype == "float32" else 2e-2
-    require(abs(losses["ours"] - losses["theirs"]) < tolerance * losses["theirs"], f"losses {losses}")
+    require(
+        abs(losses["ours"] - losses["theirs"]) < tolerance * losses["theirs"], f"losses {losses}"
+    )
     print(f"{'':<10}{mask.sum()} tokens in {len(ids)} sentences, {wanted.sum()} of them targets")
     model.zero_grad(), reference.zero_grad()
 
 
 def generate(model, reference, prompts, args):
-    ids, mask, _ = (tensor.to(args.device) for tensor in make_batch([(prompt, []) for prompt in prompts], PAD))
+    ids, mask, _ = (
+        tensor.to(args.device) for tensor in make_batch([(prompt, []) for prompt in prompts], PAD)
+    )
     left = mask.long().argsort(dim=1, stable=True)  # transformers wants the padding on the left
     ids, mask = ids.gather(1, left), mask.gather(1, left)
     new = {}
@@ -121,8 +129,13 @@ def generate(model, reference, prompts, args):
     theirs = [row[: row.index(EOS)] if EOS in row else row for row in new["theirs"]]
     same = sum(a == b for a, b in zip(new["ours"], theirs))
     # 16-bit rounding differs between kernels, and one near tie changes a continuation: no requirement there.
-    require(same == len(theirs) or args.dtype != "float32", f"{same} of {len(theirs)} continuations are the same")
-    print(f"{'':<10}{mask.sum()} prompt tokens, {sum(map(len, theirs))} new; {same} of {len(theirs)} the same")
+    require(
+        same == len(theirs) or args.dtype != "float32",
+        f"{same} of {len(theirs)} continuations are the same",
+    )
+    print(
+        f"{'':<10}{mask.sum()} prompt tokens, {sum(map(len, theirs))} new; {same} of {len(theirs)} the same"
+    )
 
 
 def tokenize(folder, sentences, args):
@@ -144,17 +157,25 @@ def tokenize(folder, sentences, args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--weights", type=Path, help="a BLOOM checkpoint folder")
     parser.add_argument("--shape", help="D,L,H,V of random weights, instead of --weights")
     parser.add_argument(
-        "--data", type=Path, help="parallel text for prompts, targets and tokenizing; default: random ids"
+        "--data",
+        type=Path,
+        help="parallel text for prompts, targets and tokenizing; default: random ids",
     )
     parser.add_argument("--pair", default="en-de", help="of --data (en-de)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--sentences", type=int, default=80, help="in the training batch (80, the paper's)")
-    parser.add_argument("--new-tokens", type=int, default=48, help="at most, after each prompt (48)")
+    parser.add_argument(
+        "--sentences", type=int, default=80, help="in the training batch (80, the paper's)"
+    )
+    parser.add_argument(
+        "--new-tokens", type=int, default=48, help="at most, after each prompt (48)"
+    )
     parser.add_argument("--repeats", type=int, default=9, help="timed runs of each (9)")
     args = parser.parse_args()
     if (args.weights is None) == (args.shape is None):
@@ -166,9 +187,19 @@ def main():
         folder = args.weights or Path(temporary)
         if args.shape:
             hidden, layers, heads, vocabulary = map(int, args.shape.split(","))
-            published = dict(model_type="bloom", n_embed=hidden, n_layer=layers, n_head=heads, vocab_size=vocabulary)
+            published = dict(
+                model_type="bloom",
+                n_embed=hidden,
+                n_layer=layers,
+                n_head=heads,
+                vocab_size=vocabulary,
+            )
             save_model(Decoder(Config.from_json(published)).to(getattr(torch, args.dtype)), folder)
-        where = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+        where = (
+            torch.cuda.get_device_name()
+            if args.device == "cuda"
+            else f"{torch.get_num_threads()} CPU threads"
+        )
         print(f"{args.shape or folder}, {args.dtype}, {where}; torch {torch.__version__}, "
               f"transformers {transformers.__version__}, tokenizers {tokenizers.__version__}")  # fmt: skip
         print(f"{'':<10}{'ours, s':>9}{'theirs':>9}{'ratio':>8}   of neighbours")
@@ -177,12 +208,16 @@ def main():
         if args.data:
             tokenizer = load_tokenizer(folder)
             text = read_parallel(args.data, "train", args.pair)
-            examples = [render(tokenizer, args.pair, *pair) for pair in text[: max(64, args.sentences)]]
+            examples = [
+                render(tokenizer, args.pair, *pair) for pair in text[: max(64, args.sentences)]
+            ]
         else:
             some_ids = lambda low, high: [
                 rng.randrange(4, model.config.vocab_size) for _ in range(rng.randint(low, high))
             ]
-            examples = [(some_ids(20, 50), [*some_ids(10, 30), EOS]) for _ in range(max(64, args.sentences))]
+            examples = [
+                (some_ids(20, 50), [*some_ids(10, 30), EOS]) for _ in range(max(64, args.sentences))
+            ]
         train(model, reference, examples[: args.sentences], args)
         generate(model, reference, [prompt for prompt, _ in examples[:64]], args)
         if args.data and (folder / "tokenizer.json").exists():

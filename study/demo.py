@@ -135,7 +135,7 @@ MODEL = {
     "intermediate_size": 192,
     "num_hidden_layers": 6,
     "num_attention_heads": 4,
-    "max_position_embeddings": 256,
+    "model_max_length": 256,  # and no max_position_embeddings: ALiBi, as in Baichuan-13B
 }
 PRETRAINING_STEPS, PRETRAINING_RATE, PRETRAINING_TOKENS = 1500, 3e-3, 1024
 
@@ -173,10 +173,11 @@ def pretrain(folder, text):
     random.Random(0).shuffle(examples)  # equal lengths keep this order in batches: directions mix
 
     model = Decoder(Config.from_json(MODEL | {"vocab_size": tokenizer.vocab_size}))
-    for parameter in model.blocks.parameters():
+    for parameter in model.parameters():
         if parameter.dim() == 2:
             # 0.02 is for hidden sizes in the thousands, and learns slowly here.
             torch.nn.init.normal_(parameter, std=0.1)
+    torch.nn.init.normal_(model.embedding.weight, std=0.3)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), fused=True)
     progress = lander.Progress("pretraining", PRETRAINING_STEPS, "steps")

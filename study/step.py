@@ -40,7 +40,9 @@ def measure(case, args):
     """Print one row: seconds, tokens a second, memory, and the rate of the operations that are needed."""
     hidden, layers, heads, vocabulary = map(int, args.shape.split(","))
     before = memory(args.device)
-    published = dict(model_type="bloom", n_embed=hidden, n_layer=layers, n_head=heads, vocab_size=vocabulary)
+    published = dict(
+        model_type="bloom", n_embed=hidden, n_layer=layers, n_head=heads, vocab_size=vocabulary
+    )
     torch.manual_seed(0)
     torch.set_default_dtype(getattr(torch, args.dtype))
     with torch.device(args.device):
@@ -55,21 +57,22 @@ def measure(case, args):
         pairs = [f"pair{i}" for i in range(args.pairs)]
         awareness = torch.rand(args.pairs, args.layers, 4 * hidden)
         owner = lander.categorize(awareness, lander.Settings().epsilon)
-        lander.install_routing(model, lander.describe_groups(awareness, owner, pairs, {pairs[0]: selected}))
+        groups = lander.describe_groups(awareness, owner, pairs, {pairs[0]: selected})
+        lander.install_routing(model, groups)
         lander.route(model, pairs[0])
         model.checkpointing = case == "checkpointed"
-        parameters = lander.trained_parameters(model)
+        parameters = lander.what_learns(model, pairs[0])
     optimizer = torch.optim.AdamW(parameters.values(), lr=1e-5, fused=True)
     some_ids = lambda count: torch.randint(4, vocabulary, (count,)).tolist()
-    examples = [(some_ids(SENTENCE - TARGET), some_ids(TARGET + 1)) for _ in range(args.tokens // SENTENCE)]
+    examples = [
+        (some_ids(SENTENCE - TARGET), some_ids(TARGET + 1)) for _ in range(args.tokens // SENTENCE)
+    ]
     batches = [make_batch(examples, 3)] * args.passes
 
     seconds = []
     for _ in range(args.repeats + 1):
         start = time.perf_counter()
-        lander.train_step(
-            model, batches, optimizer, list(parameters.values())
-        )  # ends in .item(), so the device is done
+        lander.train_step(model, batches, optimizer, parameters.values())  # its .item() waits
         seconds.append(time.perf_counter() - start)
     best = min(seconds[1:])
 
@@ -87,7 +90,9 @@ def measure(case, args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", required=True, help="D,L,H,V of a BLOOM")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
@@ -95,13 +100,19 @@ def main():
     parser.add_argument("--pairs", type=int, default=10, help="pairs that own neurons (10)")
     parser.add_argument("--tokens", type=int, default=2048, help="in a pass (2048)")
     parser.add_argument("--passes", type=int, default=2, help="in a step (2)")
-    parser.add_argument("--repeats", type=int, default=3, help="steps timed, after one to warm up (3)")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="steps timed, after one to warm up (3)"
+    )
     parser.add_argument("--peak", type=float, help="TFLOP/s that the device could do at most")
     parser.add_argument("--case", choices=CASES, help="one case, in this process")
     args = parser.parse_args()
     if args.case:
         return measure(args.case, args)
-    name = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    name = (
+        torch.cuda.get_device_name()
+        if args.device == "cuda"
+        else f"{torch.get_num_threads()} CPU threads"
+    )
     print(f"{args.shape}, {args.dtype}, {name}, torch {torch.__version__}")
     print(f"{'trained':<14}{'step, s':>9}{'tokens/s':>10}{'weights':>10}{'peak':>8}{'million':>11}{'TFLOP/s':>10}"
           f"{'of peak':>8}".replace("of peak", "of peak" if args.peak else ""), flush=True)  # fmt: skip
