@@ -9,8 +9,13 @@ In this file: files; the two tokenizers; languages and the prompt; parallel text
 Letters: B sentences, T tokens.
 """
 
+import codecs
+import fcntl
+import hashlib
 import json
 import os
+import socket
+import struct
 import random
 import re
 import sys
@@ -46,27 +51,87 @@ def exit_status(command, *arguments):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            error = MemoryError()
+        if not isinstance(error, MemoryError):
+            raise
+        print("error: out of memory; a smaller --micro-tokens takes less", file=sys.stderr)
+        return 2
 
 
-def read_json(path):
-    """The JSON object in a file. InputError where there is none."""
+def read_bytes(path):
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def read_json(path, shape):
+    """The JSON in a file, checked against a shape (see check_shape). InputError where it differs."""
+    return parse_json(read_bytes(path), shape, path)
+
+
+def parse_json(text, shape, where):
+    """JSON text, str or bytes -> its value, of that shape. InputError begins with `where`."""
+    try:
+        value = json.loads(text, parse_constant=refuse_constant)
+    except RecursionError:
+        raise InputError(f"{where}: not JSON (nested too deeply)") from None
     except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: not a JSON object")
+        raise InputError(f"{where}: not JSON ({error})") from None
+    check_shape(value, shape, where)
     return value
+
+
+def refuse_constant(name):
+    raise ValueError(f"{name} is no number")
+
+
+JSON_KINDS = {dict: "a JSON object", list: "a list", str: "text", bool: "true or false"}
+JSON_KINDS |= {int: "a whole number", float: "a number", type(None): "null"}
+
+
+def kind_of(shape):
+    return shape if isinstance(shape, type) else type(shape)
+
+
+def has_kind(value, shape):
+    """Whether a value is of a shape's outermost kind. A whole number is a number, too."""
+    if type(value) in (int, float) and abs(value) >= 2**63:
+        return False  # would overflow later
+    return type(value) is kind_of(shape) or (shape is float and type(value) is int)
+
+
+def check_shape(value, shape, where):
+    """InputError, beginning with `where`, for a JSON value that is not of a shape.
+
+    int, float, str, bool, None: such a value; [int]: a list of them; {str: int}: an object of them;
+    {"name": str}: an object with at least these keys, {}: any; (None, int): one or the other.
+    """
+    if isinstance(shape, tuple):
+        matching = [one for one in shape if has_kind(value, one)]
+        shape = matching[0] if matching else shape[-1]
+    if not has_kind(value, shape):
+        found = json.dumps(value)
+        found = found if len(found) < 60 else JSON_KINDS[type(value)]
+        raise InputError(f"{where}: {found} is not {JSON_KINDS[kind_of(shape)]}")
+    if isinstance(shape, list):
+        for item in value:
+            check_shape(item, shape[0], f"{where}: in the list")
+    elif isinstance(shape, dict) and str in shape:
+        for key, item in value.items():
+            check_shape(item, shape[str], f"{where}: {key}")
+    elif isinstance(shape, dict):
+        for key, inner in shape.items():
+            if key not in value:
+                raise InputError(f"{where}: no {key}")
+            check_shape(value[key], inner, f"{where}: {key}")
 
 
 def read_lines(path):
     """A text file's lines. Only newlines end a line: str.splitlines would split at U+2028, too."""
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    lines = read_bytes(path).removeprefix(codecs.BOM_UTF8).split(b"\n")
     if not lines[-1]:
         lines.pop()
     decoded = []
@@ -130,6 +195,55 @@ def write_json(path, value):
 def write_tensors(path, tensors):
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # safetensors lets the owner alone read its files
+
+
+def fingerprint(path):
+    """What tells a file from another: the SHA-256 of its content; of safetensors, header and size.
+
+    Reading all of a 7B checkpoint would take longer than it tells.
+    """
+    try:
+        with open(path, "rb") as file:
+            if path.suffix != ".safetensors":
+                return hashlib.file_digest(file, "sha256").hexdigest()
+            size = os.fstat(file.fileno()).st_size
+            (header,) = struct.unpack("<Q", file.read(8))
+            digest = hashlib.sha256(file.read(min(header, size))).hexdigest()
+            return f"{digest}, {size} bytes"
+    except (OSError, struct.error) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
+
+
+@contextmanager
+def locked(folder):
+    """Hold a folder, making it where there is none; one process at a time, until it ends or dies.
+
+    Sweeps what a killed process left half-written. A folder in which nothing came to lie is removed
+    again. InputError names the process that holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "lock"
+    with open(path, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it when we die
+        except BlockingIOError:
+            file.seek(0)
+            raise InputError(f"{folder}: in use by {file.read() or 'another process'}") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        for left_over in folder.rglob("*.tmp*"):
+            left_over.unlink()
+        try:
+            yield
+        finally:
+            file.truncate(0)
+            if os.listdir(folder) == [path.name]:
+                path.unlink()
+                folder.rmdir()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -158,6 +272,15 @@ def byte_characters():
     return characters
 
 
+TOKENIZER_SHAPE = {
+    "added_tokens": [{"id": int, "content": str}],
+    "pre_tokenizer": (None, {}),
+    "decoder": (None, {}),
+    "model": {"type": str, "vocab": {str: int}, "merges": [(str, [str])]},
+}
+LARGEST_ID = 2**24
+
+
 class BloomTokenizer:
     """BLOOM's byte-level BPE from tokenizer.json, in plain Python: the ids of the `tokenizers` library.
 
@@ -165,25 +288,30 @@ class BloomTokenizer:
     """
 
     def __init__(self, path):
-        published = read_json(path)
-        try:
-            added = {token["content"]: token["id"] for token in published["added_tokens"]}
-            self.vocabulary = published["model"]["vocab"]  # token, in byte characters -> id
-            merges = published["model"]["merges"]
-            if merges and isinstance(merges[0], str):
-                merges = [merge.split(" ") for merge in merges]  # "a b" until tokenizers 0.20
-            self.bos_id, self.eos_id, self.pad_id = added["<s>"], added["</s>"], added["<pad>"]
-            check_pipeline(path, published)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path}: not a BPE tokenizer.json (at {error})") from None
-        self.ranks = {tuple(merge): rank for rank, merge in enumerate(merges)}
-        self.added = added
-        longest_first = sorted(added, key=len, reverse=True)
+        published = read_json(path, TOKENIZER_SHAPE)
+        check_pipeline(path, published)
+        self.vocabulary = published["model"]["vocab"]  # token, in byte characters -> id
+        self.added = {token["content"]: token["id"] for token in published["added_tokens"]}
+        for token in ("<s>", "</s>", "<pad>"):
+            if token not in self.added:
+                raise InputError(f"{path}: added_tokens: no {token}")
+        self.bos_id, self.eos_id, self.pad_id = (self.added[t] for t in ("<s>", "</s>", "<pad>"))
+        self.tokens = {id: token for token, id in (self.vocabulary | self.added).items()}
+        if not 0 <= min(self.tokens) <= max(self.tokens) < LARGEST_ID:
+            found = f"ids from {min(self.tokens)} to {max(self.tokens)}"
+            raise InputError(f"{path}: {found}, expected 0 to {LARGEST_ID - 1}")
+        self.vocab_size = max(self.tokens) + 1
+        self.ranks = {}
+        for rank, merge in enumerate(published["model"]["merges"]):
+            # "a b" until tokenizers 0.20, [a, b] since.
+            pair = tuple(merge.split(" ") if isinstance(merge, str) else merge)
+            if len(pair) != 2 or not {*pair, "".join(pair)} <= self.vocabulary.keys():
+                raise InputError(f"{path}: merge {merge!r} is not of two tokens that make a third")
+            self.ranks[pair] = rank
+        longest_first = sorted(self.added, key=len, reverse=True)
         self.added_pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         self.byte_characters = byte_characters()
         self.character_bytes = {character: byte for byte, character in self.byte_characters.items()}
-        self.tokens = {id: token for token, id in (self.vocabulary | added).items()}
-        self.vocab_size = max(self.tokens) + 1
         self.piece_ids = lru_cache(maxsize=1 << 18)(self.merge)  # words repeat: most are found here
 
     def encode(self, text):
@@ -231,18 +359,27 @@ class BloomTokenizer:
     def decode(self, ids):
         """List of ids -> str. A character's bytes may straddle tokens: all are decoded at once."""
         raw = bytearray()
-        for token in (self.tokens[id] for id in ids):
+        for id in ids:
+            token = self.tokens.get(id, "")  # ids may have gaps
             try:
                 raw += bytes(self.character_bytes[character] for character in token)
             except KeyError:  # an added token may hold any character
-                raw += token.encode()
+                raw += token.encode("utf-8", errors="replace")
         return raw.decode("utf-8", errors="replace")
 
 
 def check_pipeline(path, published):
     """Refuse a tokenizer.json that does anything else to text than BLOOM's does."""
     steps = published["pre_tokenizer"]
-    steps = steps["pretokenizers"] if steps and steps["type"] == "Sequence" else [steps]
+    if steps and steps.get("type") == "Sequence":
+        steps = steps.get("pretokenizers")
+    else:
+        steps = [steps]
+    without_offsets = []
+    for step in steps if isinstance(steps, list) else [steps]:
+        step = dict(step) if isinstance(step, dict) else {"type": step}
+        step.pop("trim_offsets", None)  # of no meaning to ids
+        without_offsets.append(step)
     split = {
         "type": "Split",
         "pattern": {"Regex": BLOOM_SPLIT},
@@ -253,20 +390,20 @@ def check_pipeline(path, published):
     model = published["model"]
     options = ("dropout", "unk_token", "byte_fallback", "ignore_merges")
     options += ("continuing_subword_prefix", "end_of_word_suffix")
-    flags = ("single_word", "lstrip", "rstrip", "normalized")
     flagged = []
     for token in published["added_tokens"]:
-        if any(token[flag] for flag in flags):
-            flagged.append(token["content"])
-    steps = [dict(step or {}) for step in steps]
-    for step in steps:
-        step.pop("trim_offsets", None)  # of no meaning to ids
+        for flag in ("single_word", "lstrip", "rstrip", "normalized"):
+            if token.get(flag):
+                flagged.append(f"{token['content']} {flag}")
+    post_processor = published.get("post_processor") or {"type": "ByteLevel"}
+    if isinstance(post_processor, dict):
+        post_processor = post_processor.get("type")
     found = {
         "normalizer": published.get("normalizer"),
-        "pre_tokenizer": steps,
+        "pre_tokenizer": without_offsets,
         "model": [model["type"], *(f"{name}={model[name]}" for name in options if model.get(name))],
         "decoder": (published["decoder"] or {}).get("type"),
-        "post_processor": (published.get("post_processor") or {}).get("type", "ByteLevel"),
+        "post_processor": post_processor,
         "added_tokens": flagged,
     }
     expected = {
@@ -291,6 +428,8 @@ class SentencePieceTokenizer:
         except (OSError, RuntimeError) as error:
             raise InputError(f"{path}: not a sentencepiece model ({error})") from None
         self.vocab_size = self.model.get_piece_size()
+        if self.model.eos_id() < 0:
+            raise InputError(f"{path}: has no end-of-sentence token")
         self.bos_id, self.eos_id = self.model.bos_id(), self.model.eos_id()
         pad_id = self.model.pad_id()
         self.pad_id = pad_id if pad_id >= 0 else self.model.unk_id()  # Baichuan pads with <unk>
@@ -298,17 +437,56 @@ class SentencePieceTokenizer:
         self.decode = self.model.decode
 
 
+TOKENIZERS = {"tokenizer.model": SentencePieceTokenizer, "tokenizer.json": BloomTokenizer}
+
+
+def tokenizer_file(folder):
+    """The file that holds the tokenizer of a published checkpoint folder."""
+    for name in TOKENIZERS:
+        if (Path(folder) / name).exists():
+            return Path(folder) / name
+    raise InputError(f"{folder}: no tokenizer.model and no tokenizer.json")
+
+
 def load_tokenizer(folder):
     """The tokenizer of a published checkpoint folder.
 
     -> .encode(str) -> list[int], .decode(list[int]) -> str, .bos_id, .eos_id, .pad_id, .vocab_size
     """
-    folder = Path(folder)
-    if (folder / "tokenizer.model").exists():
-        return SentencePieceTokenizer(folder / "tokenizer.model")  # Baichuan
-    if (folder / "tokenizer.json").exists():
-        return BloomTokenizer(folder / "tokenizer.json")
-    raise InputError(f"{folder}: no tokenizer.model and no tokenizer.json")
+    path = tokenizer_file(folder)
+    return TOKENIZERS[path.name](path)
+
+
+class LineEnds(NamedTuple):
+    """Where generating a line of text ends: at the first line break after a visible character.
+
+    Of each token, whether it has a visible character, and whether it ends the line: before any
+    visible character came, and after. [vocab_size] bool each
+    """
+
+    visible: torch.Tensor
+    ends_before: torch.Tensor
+    ends_after: torch.Tensor
+
+
+@lru_cache(maxsize=1)
+def line_ends(tokenizer):
+    """-> LineEnds of a tokenizer's tokens. A base model seldom writes eos; it begins another line."""
+    texts = [tokenizer.decode([id]) for id in range(tokenizer.vocab_size)]
+    visible = [bool(text.strip()) for text in texts]
+    before = [has_line_break(text.lstrip()) for text in texts]
+    after = [has_line_break(text) for text in texts]
+    return LineEnds(torch.tensor(visible), torch.tensor(before), torch.tensor(after))
+
+
+def has_line_break(text):
+    """Also of the rarer kinds, so that no tool sees two lines in what is kept."""
+    return len(f"{text}.".splitlines()) > 1
+
+
+def first_line(text):
+    """What is kept of a generated text. " Ein Haus. (line break) German:" -> "Ein Haus." """
+    return "".join(text.lstrip().splitlines()[:1]).rstrip()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -379,35 +557,41 @@ def read_two_files(source_path, target_path):
 
 
 def read_columns(path, source_column):
-    """Tab-separated text of two columns; source_column is 0 or 1."""
-    rows = [line.split("\t") for line in read_lines(path)]
-    for number, row in enumerate(rows, 1):
+    """Tab-separated text of two columns; source_column is 0 or 1. A blank line is an empty pair."""
+    rows, lines = [], read_lines(path)
+    for number, line in enumerate(lines, 1):
+        row = line.split("\t") if line.strip() else ["", ""]
         if len(row) != 2:
-            where = f"line {number} of {len(rows)}"
+            where = f"line {number} of {len(lines)}"
             raise InputError(f"{path}: {where} has {len(row)} tab-separated columns, expected 2")
-    return [(row[source_column], row[1 - source_column]) for row in rows]
+        rows.append((row[source_column], row[1 - source_column]))
+    return rows
 
 
 def read_translations(path, source, target):
-    """ALMA's JSON: a list, or one a line, of {"translation": {"de": ..., "en": ...}}."""
+    """ALMA's JSON: a list, or one a line, of {"translation": {"de": ..., "en": ...}}.
+
+    A blank line is an empty pair.
+    """
     lines = read_lines(path)
     text = "\n".join(lines)
-    try:
-        if text.lstrip().startswith("["):
-            items = json.loads(text)
-        else:
-            items = [json.loads(line) for line in lines if line]
-    except ValueError as error:
-        raise InputError(f"{path}: not a JSON list or one JSON object a line ({error})") from None
+    if text.lstrip().startswith("["):
+        items = parse_json(text, [{}], path)
+    else:
+        empty = {"translation": {source: "", target: ""}}
+        items = [parse_json(line, {}, path) if line.strip() else empty for line in lines]
     pairs = []
     for number, item in enumerate(items, 1):
-        translation = item.get("translation") if isinstance(item, dict) else None
-        if not isinstance(translation, dict):
-            translation = {}
-        pair = translation.get(source), translation.get(target)
-        if not isinstance(pair[0], str) or not isinstance(pair[1], str):
-            wanted = f'"translation" with {source} and {target}'
-            raise InputError(f"{path}: item {number} of {len(items)} has no {wanted}")
+        where = f"{path}: item {number} of {len(items)}"
+        try:
+            check_shape(item, {"translation": {source: str, target: str}}, where)
+        except InputError:
+            raise InputError(f'{where} has no "translation" with {source} and {target}') from None
+        pair = item["translation"][source], item["translation"][target]
+        try:
+            "".join(pair).encode()
+        except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
+            raise InputError(f"{where} has half a character, a lone surrogate") from None
         pairs.append(pair)
     return pairs
 
@@ -428,6 +612,23 @@ def candidates(folder, split, source, target):
     yield multi_way, read_two_files
 
 
+def find_parallel(folder, split, pair):
+    """The files with a split's text for one direction, and the function that reads them.
+
+    InputError where there are none.
+    """
+    source, target = split_pair(pair)
+    halves = ""
+    for paths, read in candidates(folder, split, source, target):
+        missing = [path.name for path in paths if not path.exists()]
+        if not missing:
+            return paths, read
+        if len(missing) < len(paths):
+            halves += f"; there is one side, but no {missing[0]}"
+    found = ", ".join(list_pairs(folder, split)) or "none"
+    raise InputError(f"{folder}: no {split} text for {pair}{halves}; pairs found: {found}")
+
+
 def read_parallel(folder, split, pair):
     """Sentence pairs of one direction, [(source, target), ...].
 
@@ -435,21 +636,14 @@ def read_parallel(folder, split, pair):
     order of the pair, or multi-way {split}.{lang}. Pairs with an empty side are skipped and
     counted. InputError names file, line and count.
     """
-    source, target = split_pair(pair)
-    halves = ""
-    for paths, read in candidates(folder, split, source, target):
-        missing = [path.name for path in paths if not path.exists()]
-        if not missing:
-            break
-        if len(missing) < len(paths):
-            halves += f"; there is one side, but no {missing[0]}"
-    else:
-        found = ", ".join(list_pairs(folder, split)) or "none"
-        raise InputError(f"{folder}: no {split} text for {pair}{halves}; pairs found: {found}")
+    paths, read = find_parallel(folder, split, pair)
     rows = read(*paths)
-    kept = [(source, target) for source, target in rows if source.strip() and target.strip()]
+    kept = []
+    for source, target in rows:
+        if source.strip() and target.strip() and "\n" not in source + target:
+            kept.append((source, target))
     if skipped := len(rows) - len(kept):
-        note = f"skipped {skipped} of {len(rows)} pairs, a side is empty"
+        note = f"skipped {skipped} of {len(rows)} pairs, a side is empty or more than a line"
         print(f"{folder}: {split} {pair}: {note}", file=sys.stderr)
     return kept
 

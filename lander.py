@@ -66,6 +66,7 @@ import json
 import math
 import random
 import shlex
+import signal
 import sys
 import textwrap
 import time
@@ -81,10 +82,11 @@ from sacrebleu.metrics import BLEU, CHRF
 from torch import nn
 from torch.nn import functional
 
-from data import InputError, exit_status, group_by_length, list_pairs, load_tokenizer, make_batch
-from data import make_batches, read_json, read_lines, read_parallel, read_tensors, render, split_pair
-from data import write_json, write_lines, write_tensors
-from model import load_model
+from data import InputError, exit_status, find_parallel, fingerprint, first_line, group_by_length
+from data import has_line_break, line_ends, list_pairs, load_tokenizer, locked, make_batch
+from data import make_batches, parse_json, read_json, read_lines, read_parallel, read_tensors
+from data import render, split_pair, tokenizer_file, write_json, write_lines, write_tensors
+from model import Config, checkpoint_files, load_model
 
 
 # --------------------------------------------------------------------------------------------------
@@ -466,7 +468,8 @@ def validation_loss(model, tokenizer, examples, settings):
     for pair, own in examples.items():
         route(model, pair)
         total, tokens = 0.0, 0
-        for batch in make_batches(own, tokenizer.pad_id, settings.micro_tokens):
+        batches = make_batches(own, tokenizer.pad_id, settings.micro_tokens)
+        for batch in counted(batches, f"validation loss of {pair}", len(own)):
             total += target_loss(model, batch).item()
             tokens += count_targets([batch])
         losses[pair] = total / tokens
@@ -479,24 +482,42 @@ def validation_loss(model, tokenizer, examples, settings):
 # Why for other pairs too: a gain says nothing without what was forgotten for it.
 
 
+LEAST_NEW_TOKENS = 64
+
+
 def translate_lines(model, tokenizer, pair, sources, settings, label):
-    """Translate sentences, one line each, in order; an empty line stays empty. -> list of str"""
+    """Translate sentences, those of like length together. Yields (number, line, cut), out of order.
+
+    A translation ends at end-of-sentence, at the first line break after its first visible character,
+    or at three times its own prompt's length or LEAST_NEW_TOKENS; cut says that it came to that: it
+    is a loop, as a rule. An empty source, or one too long for the model, is an empty line.
+    """
     route(model, pair)
-    hypotheses = [""] * len(sources)
-    numbers = [i for i, source in enumerate(sources) if source.strip()]
-    prompts = [render(tokenizer, pair, sources[i]) for i in numbers]
+    numbers, prompts = [], []
+    for number, source in enumerate(sources):
+        prompt, _ = render(tokenizer, pair, source)
+        if not source.strip():
+            yield number, "", False
+        elif len(prompt) > model.config.max_length:
+            found = f"{len(prompt)} tokens, the model was made for {model.config.max_length}"
+            print(f"{pair}: line {number + 1}: {found}; left empty", file=sys.stderr)
+            yield number, "", False
+        else:
+            numbers.append(number)
+            prompts.append((prompt, []))
     progress = Progress(label, len(prompts), "sentences")
+    ends = line_ends(tokenizer)
     for group in group_by_length(prompts, settings.micro_tokens // settings.beams):
         batch = make_batch([prompts[i] for i in group], tokenizer.pad_id)
         ids, mask, _ = to_device(batch, model)
-        # A translation of twice the prompt's length, which holds the source and more, is a loop.
-        limit = min(settings.max_tokens, 2 * ids.shape[1])
-        options = settings.beams, tokenizer.vocab_size
-        for i, new in zip(group, model.generate(ids, mask, limit, tokenizer.eos_id, *options)):
-            text = tokenizer.decode(new).strip()
-            hypotheses[numbers[i]] = " ".join(text.split("\n")[0].split())
+        limits = [max(3 * len(prompts[i][0]), LEAST_NEW_TOKENS) for i in group]
+        options = settings.beams, tokenizer.vocab_size, ends
+        continuations = model.generate(ids, mask, limits, tokenizer.eos_id, *options)
+        for i, new, limit in zip(group, continuations, limits):
+            text = tokenizer.decode(new)
+            cut = len(new) == limit and not has_line_break(text.lstrip())
+            yield numbers[i], first_line(text), cut
         progress.add(len(group))
-    return hypotheses
 
 
 def make_metrics(pair):
@@ -508,20 +529,22 @@ def make_metrics(pair):
 
 
 def evaluate(model, tokenizer, pair, text, settings, path):
-    """Translate text, [(source, target), ...], and score it. -> {"bleu": ..., "chrf": ..., ...}
+    """Translate text, [(source, target), ...], into a file, and score it.
 
-    path: the file of hypotheses; where it is there already, nothing is translated.
+    -> {"bleu": ..., "chrf": ..., their signatures, "cut": how many translations ran to their limit}
     """
-    if not path.exists():
-        sources = [source for source, _ in text]
-        label = f"translating {pair}"
-        write_lines(path, translate_lines(model, tokenizer, pair, sources, settings, label))
-    hypotheses, references = read_lines(path), [target for _, target in text]
+    sources, references = [source for source, _ in text], [target for _, target in text]
+    hypotheses, cut = [""] * len(text), 0
+    lines = translate_lines(model, tokenizer, pair, sources, settings, f"translating {pair}")
+    for number, line, was_cut in lines:
+        hypotheses[number] = line
+        cut += was_cut
+    write_lines(path, hypotheses)
     scores = {}
     for name, metric in make_metrics(pair).items():
         scores[name] = metric.corpus_score(hypotheses, [references]).score
         scores[f"{name}_signature"] = str(metric.get_signature())
-    return scores
+    return scores | {"cut": cut}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -532,8 +555,10 @@ def option(default, help):
     return field(default=default, metadata={"help": help})
 
 
-AT_LEAST = {"layers": 1, "batch": 1, "max_tokens": 1, "micro_tokens": 1, "score_sentences": 1}
-AT_LEAST |= {"beams": 1, "steps": 0, "eval_sentences": 0}
+MANY = 2**31 - 1
+RANGES = {name: (1, MANY) for name in ("layers", "batch", "max_tokens", "micro_tokens")}
+RANGES |= {"score_sentences": (1, MANY), "steps": (0, MANY), "eval_sentences": (0, MANY)}
+RANGES |= {"seed": (0, MANY), "beams": (1, 128)}
 
 
 @dataclass
@@ -569,10 +594,18 @@ class Settings:
     tuned: str = option("", "folder of a finished run, for --translate")
 
     def __post_init__(self):
-        for name, lowest in AT_LEAST.items():
-            if getattr(self, name) < lowest:
-                flag, value = flag_of(name), getattr(self, name)
-                raise InputError(f"{flag} is {value}, expected {lowest} or more")
+        for name, (lowest, highest) in RANGES.items():
+            value = getattr(self, name)
+            if not lowest <= value <= highest:
+                expected = f"{lowest} or more" if highest == MANY else f"{lowest} to {highest}"
+                raise InputError(f"{flag_of(name)} is {value}, expected {expected}")
+        for name, value in asdict(self).items():
+            if isinstance(value, str) and "\0" in value:
+                raise InputError(f"{flag_of(name)} has a NUL character")
+        if self.tuned and not self.translate:
+            raise InputError("--tuned needs --translate, what to translate with that run")
+        if self.translate and not self.tuned:
+            raise InputError("--translate needs --tuned, the folder of a finished run")
         if not 0 <= self.epsilon <= 1:
             raise InputError(f"--epsilon is {self.epsilon}, expected a share from 0 to 1")
         if not 0 < self.lr < math.inf:
@@ -656,6 +689,28 @@ def say(line=""):
 SAVE_EVERY = 30  # seconds at least, and twenty times what the last save took
 
 
+@contextmanager
+def interrupts_held():
+    """While open, Ctrl-C and SIGTERM only fill the list that it gives; a second one ends at once.
+
+    A step that is broken off leaves weights of which some have moved and some have not.
+    """
+    came = []
+
+    def note(number, frame):
+        if came:
+            raise KeyboardInterrupt
+        came.append(number)
+        print("\nending after this step", file=sys.stderr)
+
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def merged(learners):
     """What learns from any pair. pair -> {name: Parameter} -> {name: Parameter}"""
     parameters = {}
@@ -674,27 +729,39 @@ def save_state(path, parameters, optimizer, step):
     write_tensors(path, tensors)
 
 
-def load_state(path, parameters, optimizer):
-    """Undo save_state. -> steps done"""
+def load_state(path, parameters, optimizer, total):
+    """Undo save_state. -> steps done. InputError for a file that does not fit."""
     tensors = read_tensors(path)
-    step = int(tensors.pop("step"))
-    for name in list(tensors):
-        if "/" in name:
-            owner, key = name.split("/")
-            moment = tensors.pop(name).to(parameters[owner].device)
-            optimizer.state[parameters[owner]][key] = moment
-    load_parameters(path, tensors, parameters)
-    return step
-
-
-def load_parameters(path, tensors, parameters):
-    """Copy tensors into parameters of the same names. InputError where names or shapes differ."""
-    wrong = [name for name in tensors if name not in parameters]
+    step = tensors.pop("step", torch.tensor(-1))
+    if step.shape != () or not 0 < step <= total:
+        raise InputError(f"{path}: is not of a step from 1 to {total}")
+    expected = {name: parameter for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
-        if name not in tensors or tensors[name].shape != parameter.shape:
+        if any(found.startswith(f"{name}/") for found in tensors):  # it has learned something yet
+            expected[f"{name}/step"] = torch.tensor(0.0)
+            expected[f"{name}/exp_avg"] = expected[f"{name}/exp_avg_sq"] = parameter
+    check_fit(path, tensors, expected)
+    for name in expected.keys() - parameters.keys():
+        owner, key = name.split("/")
+        optimizer.state[parameters[owner]][key] = tensors.pop(name).to(parameters[owner].device)
+    load_parameters(path, tensors, parameters)
+    return int(step)
+
+
+def check_fit(path, tensors, expected):
+    """InputError where a file's tensors differ from what is expected in name, shape or type."""
+    wrong = [name for name in tensors if name not in expected]
+    for name, tensor in expected.items():
+        found = tensors.get(name)
+        if found is None or found.shape != tensor.shape or found.dtype != tensor.dtype:
             wrong.append(name)
     if wrong:
         raise InputError(f"{path}: does not fit this model and neurons.json, at {', '.join(wrong)}")
+
+
+def load_parameters(path, tensors, parameters):
+    """Copy tensors into parameters of the same names. InputError where they differ."""
+    check_fit(path, tensors, parameters)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
@@ -704,8 +771,8 @@ def train(model, tokenizer, learners, examples, valid, settings, folder):
     """Train to the end, from the last saved state if there is one, and write tuned.safetensors.
 
     learners: pair -> {name: Parameter}, as what_learns; examples, valid: pair -> list of rendered
-    examples. log.jsonl gets a line a step, state.safetensors holds the last good state until the
-    training is done. InputError where the loss is no longer a number.
+    examples. log.jsonl gets a line a step, state.safetensors holds the last good state. Ctrl-C and
+    SIGTERM wait for the step to end, and save. InputError where the loss is no longer a number.
     """
     log_path, state_path = folder / "log.jsonl", folder / "state.safetensors"
     parameters, total = merged(learners), count_steps(examples, settings)
@@ -714,9 +781,11 @@ def train(model, tokenizer, learners, examples, valid, settings, folder):
     )
     start = 0
     if state_path.exists():
-        start = load_state(state_path, parameters, optimizer)
-    if start:
-        write_lines(log_path, read_lines(log_path)[: start + 1])  # and the first validation loss
+        start = load_state(state_path, parameters, optimizer, total)
+        log = read_lines(log_path)
+        if len(log) <= start:
+            raise InputError(f"{log_path}: has {len(log)} lines, {state_path} is of step {start}")
+        write_lines(log_path, log[: start + 1])  # the first line is the validation loss
     else:
         before = {"step": 0, "valid_loss": validation_loss(model, tokenizer, valid, settings)}
         write_lines(log_path, [json.dumps(before)])
@@ -724,29 +793,30 @@ def train(model, tokenizer, learners, examples, valid, settings, folder):
     progress = Progress("training", total, "steps", done=start)
     saved, wait = time.monotonic(), SAVE_EVERY
     model.checkpointing = settings.checkpointing
-    with open(log_path, "a", encoding="utf-8") as log:
-        steps = training_steps(model, tokenizer, learners, examples, optimizer, settings, start)
+    steps = training_steps(model, tokenizer, learners, examples, optimizer, settings, start)
+    with open(log_path, "a", encoding="utf-8") as log, interrupts_held() as interrupts:
         for entry in steps:
             step, loss, norm = entry["step"], entry["loss"], entry["gradient_norm"]
             if not math.isfinite(loss) or not math.isfinite(norm):
-                left = "no state was saved yet"
-                if state_path.exists():
-                    left = f"the last good state is {state_path}"
                 found = f"step {step}: the loss is {loss} and its gradient {norm}"
-                raise InputError(f"{found}; {left}; try a lower --lr")
+                if state_path.exists():
+                    found += f"; the last good state is {state_path}"
+                raise InputError(f"{found}; run again with a lower --lr and another --out")
             print(json.dumps(entry), file=log, flush=True)
             progress.add(1, f", loss {loss:.3f}")
-            if time.monotonic() - saved > wait or step == total:
+            if interrupts or time.monotonic() - saved > wait or step == total:
                 began = time.monotonic()
                 save_state(state_path, parameters, optimizer, step)
                 saved = time.monotonic()
                 wait = max(SAVE_EVERY, 20 * (saved - began))
-        model.checkpointing = False
-        after = {"step": total, "valid_loss": validation_loss(model, tokenizer, valid, settings)}
+            if interrupts:
+                raise KeyboardInterrupt
+    model.checkpointing = False
+    after = {"step": total, "valid_loss": validation_loss(model, tokenizer, valid, settings)}
+    with open(log_path, "a", encoding="utf-8") as log:
         print(json.dumps(after), file=log)
     tuned = {name: parameter.detach() for name, parameter in parameters.items()}
     write_tensors(folder / "tuned.safetensors", tuned)
-    state_path.unlink()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -761,8 +831,8 @@ def choose_device(settings):
     name = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError, AttributeError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
     default = "float32" if device.type == "cpu" else "bfloat16"
     return device, getattr(torch, settings.dtype or default)
@@ -778,20 +848,58 @@ def choose_pairs(choice, folder, split):
     return pairs
 
 
-def check_run_folder(folder, settings):
-    """The settings to record. InputError for another run's folder, or this one's without --resume."""
-    record = asdict(settings)
-    del record["resume"]
-    if (folder / "args.json").exists():
-        if not settings.resume:
-            remedy = "--resume goes on with it, --out names another folder"
-            raise InputError(f"{folder}: holds a run already; {remedy}")
-        for name, value in read_json(folder / "args.json").items():
-            if record.get(name) != value:
-                flag = flag_of(name)
-                found = f"was run with {flag} {value}, now {flag} {record.get(name)}"
-                raise InputError(f"{folder}: {found}; --resume needs the same")
+def read_args(folder):
+    """What args.json of a run holds: its settings, and of each file that it read a fingerprint."""
+    path = folder / "args.json"
+    shape = {setting.name: type(setting.default) for setting in fields(Settings)}
+    del shape["resume"]
+    shape["files"] = {str: str}
+    record = read_json(path, shape)
+    for name in record:
+        if name not in shape:
+            raise InputError(f"{path}: {name!r} is no setting of this version")
     return record
+
+
+def check_run_folder(folder, settings):
+    """InputError for a folder that holds another run, or this one without --resume."""
+    if not (folder / "args.json").exists():
+        for name in ("layers.json", "awareness.safetensors", "tuned.safetensors", "results.json"):
+            if (folder / name).exists():
+                raise InputError(f"{folder}: holds {name} of a run, but not its args.json")
+        return
+    if not settings.resume:
+        remedy = "--resume goes on with it, --out names another folder"
+        raise InputError(f"{folder}: holds a run already; {remedy}")
+    now = asdict(settings)
+    for name, value in read_args(folder).items():
+        if name != "files" and now[name] != value:
+            found = f"was run with {flag_of(name)} {value}, now {flag_of(name)} {now[name]}"
+            raise InputError(f"{folder}: {found}; --resume needs the same")
+
+
+def record_args(folder, settings, paths):
+    """Write args.json; where it is there, InputError that names a file that has changed since."""
+    files = {str(path): fingerprint(path) for path in paths}
+    if (folder / "args.json").exists():
+        before = read_args(folder)["files"]
+        for path in sorted(before.keys() | files.keys()):
+            if before.get(path) != files.get(path):
+                found = f"{path} has changed since the run began"
+                raise InputError(f"{folder}: {found}; --resume needs the same")
+        return
+    record = asdict(settings) | {"files": files}
+    del record["resume"]
+    write_json(folder / "args.json", record)
+
+
+def open_checkpoint(folder):
+    """The Config and the tokenizer of a checkpoint. InputError where they do not fit together."""
+    config, tokenizer = Config.from_folder(folder), load_tokenizer(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        found = f"{tokenizer_file(folder)} has {tokenizer.vocab_size} tokens"
+        raise InputError(f"{found}, config.json an embedding of {config.vocab_size}")
+    return config, tokenizer
 
 
 class Inputs(NamedTuple):
@@ -801,10 +909,12 @@ class Inputs(NamedTuple):
     valid: dict  # tuned pair -> rendered examples, where there is such text
     scoring: dict  # tuned and other pairs -> rendered examples for the scores
     test: dict  # evaluated pair -> [(source, target), ...]
+    files: dict  # path -> None, in the order of reading
 
 
-def read_text(settings, split, pair):
+def read_text(settings, split, pair, files):
     text = read_parallel(settings.data, split, pair)
+    files.update(dict.fromkeys(find_parallel(settings.data, split, pair)[0]))
     if not text:
         raise InputError(f"{settings.data}: the {split} text of {pair} is empty")
     return text
@@ -827,18 +937,20 @@ def render_examples(tokenizer, pair, text, settings, what):
 
 def read_inputs(tokenizer, tuned, settings):
     """Read all text that a run needs, so that what is wrong with it shows before anything long."""
-    inputs = Inputs({}, {}, {}, {})
-    text = {pair: read_text(settings, "train", pair) for pair in tuned}
+    inputs = Inputs({}, {}, {}, {}, {})
+    text = {pair: read_text(settings, "train", pair, inputs.files) for pair in tuned}
     for pair in tuned:
         inputs.train[pair] = render_examples(tokenizer, pair, text[pair], settings, "training")
     with_valid = list_pairs(settings.data, "valid")
     for pair in tuned:
         if pair in with_valid:
-            own = read_text(settings, "valid", pair)[:VALID_SENTENCES]
+            own = read_text(settings, "valid", pair, inputs.files)[:VALID_SENTENCES]
             inputs.valid[pair] = render_examples(tokenizer, pair, own, settings, "validation")
     compared = choose_pairs(settings.score_pairs, settings.data, "train")
     for pair in [*tuned, *(pair for pair in compared if pair not in tuned)]:
-        own = text[pair] if pair in text else read_text(settings, "train", pair)
+        if pair not in text:
+            text[pair] = read_text(settings, "train", pair, inputs.files)
+        own = text[pair]
         size = min(settings.score_sentences, len(own))
         sample = random.Random(settings.seed).sample(own, size)
         inputs.scoring[pair] = render_examples(tokenizer, pair, sample, settings, "scoring")
@@ -846,26 +958,53 @@ def read_inputs(tokenizer, tuned, settings):
         raise InputError(f"{settings.data}: training text of one pair only; {NEEDS_TWO_PAIRS}")
     for pair in choose_pairs(settings.eval_pairs or settings.pair, settings.data, "test"):
         make_metrics(pair)  # which may lack its tokenizer
-        inputs.test[pair] = read_text(settings, "test", pair)[: settings.eval_sentences or None]
+        own = read_text(settings, "test", pair, inputs.files)
+        inputs.test[pair] = own[: settings.eval_sentences or None]
     return inputs
 
 
-def analyse_layers(model, tokenizer, scoring, tuned, settings):
-    """What layers.json holds: of each tuned pair the means, differences and selected layers."""
+def check_scores(scores, what):
+    """InputError for scores that are no numbers, or that say nothing: they would decide all."""
+    if not scores.isfinite().all():
+        raise InputError(f"{what}: not all numbers; are the weights?")
+    if not scores.any():
+        raise InputError(f"{what}: all zero")
+
+
+def analyse_layers(model, tokenizer, scoring, tuned, settings, path):
+    """Write layers.json: of each tuned pair the means, differences and selected layers.
+
+    What a file that is there already says of the means is not computed again.
+    -> pair -> selected layers
+    """
+    L = model.config.layers
+    known = read_json(path, {str: {"means": [float]}}) if path.exists() else {}
     analysis = {}
     for pair in tuned:
-        prompts = [(prompt, []) for prompt, _ in scoring[pair]]
-        batches = make_batches(prompts, tokenizer.pad_id, settings.micro_tokens)
-        means = activation_means(model, counted(batches, f"layers for {pair}", len(prompts)))
+        what = f"layer means of {pair}"
+        if pair in known:
+            means = torch.tensor(known[pair]["means"])
+            what = f"{path}: {what}"
+        else:
+            prompts = [(prompt, []) for prompt, _ in scoring[pair]]
+            batches = make_batches(prompts, tokenizer.pad_id, settings.micro_tokens)
+            means = activation_means(model, counted(batches, f"layers for {pair}", len(prompts)))
+        if means.shape != (L,):
+            raise InputError(f"{what}: {len(means)} layers, the model has {L}")
+        check_scores(means, what)
         differences = layer_differences(means)
         selected = select_layers(differences, settings.layers)
         analysis[pair] = {"selected": selected, "means": means.tolist()}
         analysis[pair]["differences"] = differences.tolist()
-    return analysis
+    write_json(path, analysis)
+    return {pair: analysis[pair]["selected"] for pair in tuned}
 
 
 def group_neurons(model, tokenizer, scoring, selected, settings, folder):
-    """What neurons.json holds. Each pair's awareness is saved when it is done."""
+    """Write neurons.json, and awareness.safetensors as each pair's awareness is done.
+
+    What a file that is there already says of awareness is not computed again. -> groups
+    """
     path = folder / "awareness.safetensors"
     awareness = read_tensors(path) if path.exists() else {}
     layers = union(selected)
@@ -875,15 +1014,45 @@ def group_neurons(model, tokenizer, scoring, selected, settings, folder):
             batches = counted(batches, f"scoring {pair}", len(scoring[pair]))
             awareness[pair] = neuron_awareness(model, batches, layers)
             write_tensors(path, awareness)
+        shape, expected = awareness[pair].shape, (len(layers), model.config.ffn_size)
+        if shape != expected or awareness[pair].dtype != torch.float32:
+            raise InputError(f"{path}: {pair}: {list(shape)}, expected {list(expected)} in fp32")
+        for layer, scores in zip(layers, awareness[pair]):
+            check_scores(scores, f"{path}: awareness for {pair} in layer {layer}")
     stacked = torch.stack([awareness[pair] for pair in scoring])  # [P, K, F]
     owner = categorize(stacked, settings.epsilon)
-    return describe_groups(stacked, owner, list(scoring), selected)
+    groups = describe_groups(stacked, owner, list(scoring), selected)
+    write_json(folder / "neurons.json", groups)
+    return groups
+
+
+def read_groups(path, config):
+    """neurons.json of a finished run. InputError where it cannot be of this model."""
+    groups = read_json(path, {str: {"specific": {str: [int]}, "share": {str: (None, float)}}})
+    for layer, group in groups.items():
+        neurons = [i for own in group["specific"].values() for i in own]
+        known_layer = layer.isdecimal() and int(layer) < config.layers
+        if not known_layer or not set(neurons) <= set(range(config.ffn_size)):
+            sizes = f"{config.layers} layers of {config.ffn_size} neurons"
+            raise InputError(f"{path}: layer {layer}: does not fit a model of {sizes}")
+        if len(set(neurons)) < len(neurons):
+            raise InputError(f"{path}: layer {layer}: a neuron has two owners")
+        for pair, share in group["share"].items():
+            if pair not in group["specific"] or not (share is None or 0 < share < 1):
+                raise InputError(f"{path}: layer {layer}: share of {pair} is {share}")
+    return groups
 
 
 def show_validation(log_path):
     """The validation losses before and after, from the first and the last line of the log."""
     lines = read_lines(log_path)
-    before, after = (json.loads(line)["valid_loss"] for line in (lines[0], lines[-1]))
+    if len(lines) < 2:
+        raise InputError(f"{log_path}: has {len(lines)} lines, expected at least 2")
+    shape = {"valid_loss": {str: float}}
+    before, after = (parse_json(line, shape, log_path) for line in (lines[0], lines[-1]))
+    before, after = before["valid_loss"], after["valid_loss"]
+    if before.keys() != after.keys():
+        raise InputError(f"{log_path}: its first and last line are not of the same pairs")
     if before:
         changes = [f"{pair} {before[pair]:.3f} to {after[pair]:.3f}" for pair in before]
         say(f"   loss of a validation token: {', '.join(changes)}")
@@ -891,7 +1060,9 @@ def show_validation(log_path):
 
 def show_table(results, tuned):
     """Scores before and after, pair by pair, with the means of the tuned pairs and of the others."""
-    names = f"{'BLEU before':>12}{'after':>8}{'change':>8}{'chrF before':>14}{'after':>8}{'change':>8}"
+    names = (
+        f"{'BLEU before':>12}{'after':>8}{'change':>8}{'chrF before':>14}{'after':>8}{'change':>8}"
+    )
     print(f"\n{'pair':<13}{names}")
 
     def show(label, pairs, note=""):
@@ -910,48 +1081,48 @@ def show_table(results, tuned):
         show("mean, tuned", own)
     if others:
         show("mean, others", others)
+    for when in ("before", "after"):
+        cut = sum(scores[when]["cut"] for scores in results.values())
+        if cut:
+            say(f"{cut} translations {when} tuning ran to their limit, as a loop does.")
 
 
 def run(settings):
-    """The whole method; each step leaves a file in the run folder, a resumed run skips those done.
-
-    -> what results.json holds
-    """
-    started = time.monotonic()
+    """The whole method in a run folder of its own. -> what results.json holds"""
     if not settings.data:
         raise InputError("--data names no folder of parallel text")
     folder = Path(settings.out or f"runs/{settings.pair}")
-    record = check_run_folder(folder, settings)
+    with locked(folder):
+        return tune(settings, folder)
+
+
+def tune(settings, folder):
+    """The whole method; each step leaves a file in the run folder, a resumed run skips those done."""
+    started = time.monotonic()
+    check_run_folder(folder, settings)
     device, dtype = choose_device(settings)
     tuned = choose_pairs(settings.pair, settings.data, "train")
-    tokenizer = load_tokenizer(settings.weights)
+    config, tokenizer = open_checkpoint(settings.weights)
+    check_layer_count(settings.layers, config.layers - 1)
     inputs = read_inputs(tokenizer, tuned, settings)
     model = load_model(settings.weights, device, dtype).requires_grad_(False)
-    config = model.config
-    check_layer_count(settings.layers, config.layers - 1)
-    write_json(folder / "args.json", record)
+    weights = Path(settings.weights)
+    files = [weights / "config.json", tokenizer_file(weights), *checkpoint_files(weights)]
+    record_args(folder, settings, [*files, *inputs.files])
     size = sum(p.numel() for p in model.parameters())
     say(f"{settings.weights}: {config.family}, {config.layers} layers, {size:,} parameters")
     say(f"{dtype} on {device}")
 
     say()
     say("1. Layers: which change a prompt's representation most?")
-    layers_path = folder / "layers.json"
-    if not layers_path.exists():
-        analysis = analyse_layers(model, tokenizer, inputs.scoring, tuned, settings)
-        write_json(layers_path, analysis)
-    analysis = read_json(layers_path)
-    selected = {pair: analysis[pair]["selected"] for pair in tuned}
+    path = folder / "layers.json"
+    selected = analyse_layers(model, tokenizer, inputs.scoring, tuned, settings, path)
     for pair in tuned:
         say(f"   {pair}: {', '.join(map(str, selected[pair]))} of 0 to {config.layers - 1}")
 
     say()
     say(f"2. Neurons: which does one of {len(inputs.scoring)} pairs need more than the others?")
-    neurons_path = folder / "neurons.json"
-    if not neurons_path.exists():
-        groups = group_neurons(model, tokenizer, inputs.scoring, selected, settings, folder)
-        write_json(neurons_path, groups)
-    groups = read_json(neurons_path)
+    groups = group_neurons(model, tokenizer, inputs.scoring, selected, settings, folder)
     counts = dict.fromkeys(inputs.scoring, 0)
     for group in groups.values():
         for pair, neurons in group["specific"].items():
@@ -960,15 +1131,24 @@ def run(settings):
     own = ", ".join(f"{counts[pair]} of {pair}" for pair in tuned)
     say(f"   {len(groups) * config.ffn_size - specific} general, {specific} specific: {own}")
 
-    results = {pair: {} for pair in inputs.test}
+    say()
+    say(f"3. Translating the test text of {len(inputs.test)} pairs, before tuning")
+    results_path = folder / "results.json"  # of what was evaluated so far
+    shape = {str: {str: {"bleu": float, "chrf": float, "cut": int}}}
+    results = read_json(results_path, shape) if results_path.exists() else {}
 
     def evaluate_all(when):
         for pair, text in inputs.test.items():
-            path = folder / "hypotheses" / f"{pair}.{when}.txt"
-            results[pair][when] = evaluate(model, tokenizer, pair, text, settings, path)
+            scores = results.setdefault(pair, {})
+            if when not in scores:
+                path = folder / "hypotheses" / f"{pair}.{when}.txt"
+                scores[when] = evaluate(model, tokenizer, pair, text, settings, path)
+                write_json(results_path, results)
 
-    say()
-    say(f"3. Translating the test text of {len(inputs.test)} pairs, before tuning")
+    for pair, text in inputs.test.items():
+        for side, name in enumerate(("source", "reference")):
+            lines = [sentences[side] for sentences in text]
+            write_lines(folder / "hypotheses" / f"{pair}.{name}.txt", lines)
     evaluate_all("before")
 
     install_routing(model, groups, not settings.no_routing)
@@ -984,42 +1164,56 @@ def run(settings):
         load_parameters(tuned_path, read_tensors(tuned_path), merged(learners))
     else:
         train(model, tokenizer, learners, inputs.train, inputs.valid, settings, folder)
+    (folder / "state.safetensors").unlink(missing_ok=True)
     show_validation(folder / "log.jsonl")
 
     say()
     say("5. Translating again")
     evaluate_all("after")
-    write_json(folder / "results.json", results)
     show_table(results, tuned)
     say()
     say(f"It took {time.monotonic() - started:.0f} s; everything is in {folder}")
     return results
 
 
+LINES_AT_A_TIME = 1000  # sorted by length; their translations come in order
+
+
 def translate(settings):
     """Translate lines with a finished run, to stdout: one line out for each line in."""
-    if not settings.tuned:
-        raise InputError("--translate needs --tuned, the folder of a finished run")
     split_pair(settings.pair)
     folder = Path(settings.tuned)
     tuned_path = folder / "tuned.safetensors"
     if not tuned_path.exists():
         raise InputError(f"{folder}: not the folder of a finished run, it has no {tuned_path.name}")
-    args = Settings(**read_json(folder / "args.json"))
+    args = read_args(folder)
     source = "/dev/stdin" if settings.translate == "-" else settings.translate
     sources = read_lines(Path(source))
-    weights = settings.weights or args.weights
+    weights = settings.weights or args["weights"]
     device, dtype = choose_device(settings)
-    tokenizer, model = load_tokenizer(weights), load_model(weights, device, dtype)
-    install_routing(model, read_json(folder / "neurons.json"), not args.no_routing)
-    learners = {pair: what_learns(model, pair) for pair in args.pair.split(",")}
+    config, tokenizer = open_checkpoint(weights)
+    groups = read_groups(folder / "neurons.json", config)
+    model = load_model(weights, device, dtype)
+    install_routing(model, groups, not args["no_routing"])
+    learners = {pair: what_learns(model, pair) for pair in args["pair"].split(",")}
     load_parameters(tuned_path, read_tensors(tuned_path), merged(learners))
     if settings.pair not in learners:
-        found = f"{settings.pair} was not tuned in {folder} ({args.pair})"
+        found = f"{settings.pair} was not tuned in {folder} ({args['pair']})"
         print(f"{found}: general neurons, no routing", file=sys.stderr)
-    lines = translate_lines(model, tokenizer, settings.pair, sources, settings, "translating")
-    for line in lines:
-        print(line, flush=True)
+    cut = 0
+    for first in range(0, len(sources), LINES_AT_A_TIME):
+        some, done, shown = sources[first : first + LINES_AT_A_TIME], {}, 0
+        label = f"translating from line {first + 1} of {len(sources)}"
+        for number, line, was_cut in translate_lines(
+            model, tokenizer, settings.pair, some, settings, label
+        ):
+            done[number] = line
+            cut += was_cut
+            while shown in done:
+                print(done.pop(shown), flush=True)
+                shown += 1
+    if cut:
+        print(f"{cut} of {len(sources)} ran to their limit, as a loop does", file=sys.stderr)
 
 
 def main(argv=None):
@@ -1048,4 +1242,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's, like Ctrl-C
+    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     sys.exit(main())

@@ -14,6 +14,7 @@ Letters: B sentences, T tokens, D hidden size, F neurons of one feed-forward lay
 L layers, H heads, d = D / H head size.
 """
 
+import math
 import re
 import sys
 from dataclasses import dataclass, replace
@@ -54,33 +55,60 @@ class Config:
     gated: bool  # feed-forward: silu(gate) * up, else tanh-GELU(up)
     bias: bool  # the linear layers have biases
     head: str  # "tied" to the embedding, "plain", or "normalized" (unit rows)
+    max_length: int  # tokens that the model was made for
     published: dict  # config.json as it was read; save_model writes it back
 
     @classmethod
     def from_folder(cls, folder):
-        """Read a published checkpoint's config.json. InputError names what is missing or unknown."""
+        """Read a checkpoint's config.json. InputError names what is missing, wrong or unknown."""
         path = Path(folder) / "config.json"
-        return cls.from_json(read_json(path), path)
+        return cls.from_json(read_json(path, {}), path)
 
     @classmethod
     def from_json(cls, published, where="config.json"):
         """Config from the contents of a config.json; `where` names it in errors."""
-        family = published.get("model_type")
-        if family not in FAMILIES:
+        name = published.get("model_type")
+        if not isinstance(name, str) or name not in FAMILIES:
             expected = f"expected one of {', '.join(FAMILIES)}"
-            raise InputError(f"{where}: model_type is {family!r}, {expected}")
+            raise InputError(f"{where}: model_type is {name!r}, {expected}")
+        family = FAMILIES[name]
         try:
-            config = cls(family=family, published=published, **FAMILIES[family].read(published))
+            config = cls(family=name, published=published, **family.read(published))
         except KeyError as error:
             raise InputError(f"{where}: no {error.args[0]}") from None
-        for name in ("vocab_size", "hidden_size", "ffn_size", "layers", "heads"):
-            size = getattr(config, name)
-            if not isinstance(size, int) or size < 1:
-                raise InputError(f"{where}: {name} is {size!r}, expected a positive integer")
-        if config.hidden_size % config.heads:
-            found = f"hidden size {config.hidden_size} does not divide into {config.heads} heads"
-            raise InputError(f"{where}: {found}")
+        except TypeError:
+            raise InputError(f"{where}: a size is no number") from None
+        config.check(where)
+        # What would be another function must not be passed over.
+        for key in ("quantization_config", "rope_scaling"):
+            if published.get(key) is not None:
+                raise InputError(f"{where}: {key} is set, which is not supported")
+        activation = published.get("hidden_act", family.activation)
+        if activation != family.activation:
+            raise InputError(
+                f"{where}: hidden_act is {activation!r}, expected {family.activation!r}"
+            )
         return config
+
+    def check(self, where):
+        """InputError for fields that no model can have."""
+        for name in ("vocab_size", "hidden_size", "ffn_size", "layers", "heads", "max_length"):
+            size = getattr(self, name)
+            if type(size) is not int or not 1 <= size < 2**24:
+                raise InputError(f"{where}: {name} is {size!r}, expected a positive integer")
+        if self.hidden_size % self.heads:
+            found = f"hidden size {self.hidden_size} does not divide into {self.heads} heads"
+            raise InputError(f"{where}: {found}")
+        if self.positions not in ("alibi", "rotary"):
+            raise InputError(f"{where}: positions is {self.positions!r}, expected alibi or rotary")
+        if self.positions == "rotary" and self.hidden_size // self.heads % 2:
+            found = f"heads of {self.hidden_size // self.heads} numbers"
+            raise InputError(f"{where}: {found}, expected an even number for rotary positions")
+        if type(self.norm_eps) is not float or not 0 < self.norm_eps < 1:
+            raise InputError(f"{where}: norm_eps is {self.norm_eps!r}, expected a small number")
+        if type(self.residual_after_norm) is not bool:
+            found = f"apply_residual_connection_post_layernorm is {self.residual_after_norm!r}"
+            raise InputError(f"{where}: {found}, expected true or false")
 
 
 class Family(NamedTuple):
@@ -90,6 +118,7 @@ class Family(NamedTuple):
     names: dict  # our module -> the published one, "{}" for the layer; a tuple: rows concatenated
     prefix: str = ""  # may stand before every published name
     drops: str = "(?!)"  # regex of tensors that files may have and the model does not need
+    activation: str = "silu"  # what hidden_act says, where config.json has it
 
 
 def first_of(published, *keys):
@@ -101,6 +130,14 @@ def first_of(published, *keys):
         if published.get(key) is not None:
             return published[key]
     raise KeyError(" or ".join(keys))
+
+
+def flag(published, key, default):
+    """A key that is true, false or absent."""
+    value = published.get(key, default)
+    if type(value) is not bool:
+        raise InputError(f"config.json: {key} is {value!r}, expected true or false")
+    return value
 
 
 def read_bloom(published):
@@ -120,7 +157,8 @@ def read_bloom(published):
         query_key_value="interleaved",
         gated=False,
         bias=True,
-        head="tied" if published.get("tie_word_embeddings", True) else "plain",
+        head="tied" if flag(published, "tie_word_embeddings", True) else "plain",
+        max_length=published.get("seq_length", 2048),
     )
 
 
@@ -149,13 +187,17 @@ def read_baichuan(published):
         query_key_value="stacked",
         gated=True,
         bias=False,
-        head="normalized" if published.get("normalize_head", normalized) else "plain",
+        head="normalized" if flag(published, "normalize_head", normalized) else "plain",
+        max_length=first_of(
+            published | {"": 4096}, "max_position_embeddings", "model_max_length", ""
+        ),
     )
 
 
 FAMILIES = {
     "bloom": Family(
         read=read_bloom,
+        activation="gelu",
         names={
             "embedding": "word_embeddings",
             "embedding_norm": "word_embeddings_layernorm",
@@ -485,28 +527,32 @@ class Decoder(nn.Module):
         return logits if norms is None else (logits / norms).to(logits.dtype)
 
     @torch.inference_mode()
-    def generate(self, ids, mask, max_new_tokens, eos_id, beams=1, vocab_size=None):
-        """Continue prompts: greedy, or beam search by log-probability a token, eos counted.
+    def generate(self, ids, mask, max_new_tokens, eos_id, beams=1, vocab_size=None, line_ends=None):
+        """Continue prompts: greedy, or beam search by log-probability a token, the last one counted.
 
-        ids, mask [B, T], padded on either side; vocab_size: only ids below it are emitted (pass the
-        tokenizer's, since an embedding may have more rows).
-        -> list of B lists of new ids, at most max_new_tokens each, eos excluded
+        ids, mask [B, T], padded on either side. A continuation ends at eos, with a token that ends
+        its line if line_ends (of data.py) says where lines end, and after max_new_tokens, a number
+        or one for each prompt. vocab_size: only ids below it are emitted (pass the tokenizer's,
+        since an embedding may have more rows).
+        -> list of B lists of new ids, eos excluded
         """
-        B = len(ids)
-        if B == 0 or max_new_tokens == 0:
+        B, device = len(ids), ids.device
+        limits = torch.as_tensor(max_new_tokens, device=device).expand(B)
+        if B == 0 or limits.max() == 0:
             return [[] for _ in range(B)]
         if mask is None:
             mask = torch.ones_like(ids, dtype=torch.bool)
         order = mask.sum(1).argsort(descending=True, stable=True)  # long prompts first
         head = self.head_weight(vocab_size)
-        cache, logits = read_prompts(self, head, ids[order], mask[order], max_new_tokens, beams)
+        cache, logits = read_prompts(self, head, ids[order], mask[order], int(limits.max()), beams)
 
         def next_logits(token):
             """The newest token of each row, [rows, 1] -> logits of the one after it, [rows, V]"""
             return self.logits(self.hidden_states(token, cache=cache)[:, -1], head)
 
         search = greedy_search if beams == 1 else beam_search
-        new, lengths = search(next_logits, logits, cache, max_new_tokens, eos_id, beams)
+        ends = Ends(eos_id, line_ends, logits.shape[1], device)
+        new, lengths = search(next_logits, logits, cache, limits[order], ends, beams)
         continuations = [None] * B
         for b, row, length in zip(order.tolist(), new.tolist(), lengths.tolist()):
             continuations[b] = row[:length]
@@ -599,96 +645,132 @@ def survivors(alive):
     return order
 
 
-def greedy_search(next_logits, logits, cache, max_new_tokens, eos_id, beams=1):
+class Ends:
+    """Which tokens end a continuation: eos, and whatever ends its line (LineEnds, or None)."""
+
+    def __init__(self, eos_id, line_ends, vocab_size, device):
+        self.eos_id = eos_id
+        nothing = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+        self.visible, self.before, self.after = nothing, nothing.clone(), nothing.clone()
+        if line_ends is not None:
+            self.visible, self.before, self.after = (
+                table.to(device, copy=True) for table in line_ends
+            )
+        for table in (self.before, self.after):
+            table[eos_id] = True
+
+    def all(self, begun):
+        """Of every token, whether it would end the line. begun [..] bool -> [.., V] bool
+
+        begun: whether the line shows something already; what comes before that is skipped.
+        """
+        return torch.where(begun[..., None], self.after, self.before)
+
+    def of(self, token, begun):
+        """Whether `token` ends the line, [..] bool; and whether the line has begun with it."""
+        ends = torch.where(begun, self.after[token], self.before[token])
+        return ends, begun | self.visible[token]
+
+
+def greedy_search(next_logits, logits, cache, limits, ends, beams=1):
     """The likeliest token, again and again; finished sentences leave.
 
-    logits of the first new token, [B, V] -> new ids [B, max_new_tokens], lengths [B]
+    logits of the first new token [B, V], limits [B] -> new ids [B, largest limit], lengths [B]
     """
     sentence = torch.arange(len(logits), device=logits.device)  # which one each live row is
-    new = sentence.new_zeros(len(logits), max_new_tokens)
-    lengths = torch.full_like(sentence, max_new_tokens)
-    for step in range(max_new_tokens):
+    begun = torch.zeros_like(sentence, dtype=torch.bool)  # whether its line has
+    new = sentence.new_zeros(len(logits), int(limits.max()))
+    lengths = limits.clone()
+    for step in range(new.shape[1]):
         token = logits.max(-1).indices  # argmax, several times faster on the CPU
         new[sentence, step] = token
-        alive = token != eos_id
+        ended, begun = ends.of(token, begun)
+        lengths[sentence[ended]] = step + (token[ended] != ends.eos_id)
+        alive = ~ended & (step + 1 < limits[sentence])
         if not alive.all():
-            lengths[sentence[~alive]] = step
             order = survivors(alive)
             cache.select(order)
-            sentence, token = sentence[order], token[order]
-        if len(sentence) == 0 or step + 1 == max_new_tokens:
+            sentence, token, begun = sentence[order], token[order], begun[order]
+        if len(sentence) == 0:
             break
         logits = next_logits(token[:, None])
     return new, lengths
 
 
-def beam_search(next_logits, logits, cache, max_new_tokens, eos_id, beams):
+def beam_search(next_logits, logits, cache, limits, ends, beams):
     """The continuation of highest log-probability a token that `beams` parallel ones come upon.
 
-    A sentence ends when `beams` hypotheses have ended, each among the best `beams` candidates of
-    its step, and no live one scores higher so far. Beam 0 follows the greedy path while that lives,
-    so the result never scores below it.
+    A sentence ends at its limit, or when `beams` hypotheses have ended, each among the best `beams`
+    candidates of its step, and no live one scores higher so far. Beam 0 follows the greedy path
+    while that lives, so the result never scores below it.
 
-    logits of the first new token, [B, V] -> new ids [B, max_new_tokens], lengths [B]
+    logits of the first new token [B, V], limits [B] -> new ids [B, largest limit], lengths [B]
     """
-    B, device = len(logits), logits.device
+    B, V, device = *logits.shape, logits.device
     prompt_length = cache.length
     sentence = torch.arange(B, device=device)  # [S] the S live sentences
-    tokens = sentence.new_zeros(B, beams, max_new_tokens)  # [S, beams, max_new_tokens]
+    tokens = sentence.new_zeros(B, beams, int(limits.max()))  # [S, beams, largest limit]
+    begun = torch.zeros(B, beams, dtype=torch.bool, device=device)  # [S, beams]
     total = torch.full((B, beams), -torch.inf, device=device)  # [S, beams] log-probability
     total[:, 0] = 0
-    ended = torch.zeros_like(sentence)  # [S] how many hypotheses have ended
+    finished = torch.zeros_like(sentence)  # [S] how many hypotheses have ended
     greedy = torch.ones_like(sentence, dtype=torch.bool)  # [S] beam 0 is the greedy path
     best_score = total[:, -1].clone()
     best, best_length = torch.zeros_like(tokens[:, 0]), torch.zeros_like(sentence)
 
-    def offer(score, beam, length):
-        """Keep the hypotheses, one a live sentence (score [S], beam [S]), that beat the best."""
+    def offer(score, hypothesis, length):
+        """Keep what beats the best: a hypothesis for each live sentence, [S, largest limit]."""
         better = score > best_score[sentence]
         rows = sentence[better]
-        best_score[rows], best_length[rows] = score[better], length
-        best[rows] = tokens[better, beam[better]]
+        best_score[rows], best_length[rows] = score[better], length[better]
+        best[rows] = hypothesis[better]
 
     cache.select(sentence.repeat_interleave(beams))
     logits = logits.repeat_interleave(beams, dim=0)
-    for step in range(max_new_tokens):
+    for step in range(tokens.shape[2]):
         S = len(sentence)
-        candidates = total[:, :, None] + logits.float().log_softmax(-1).view(
-            S, beams, -1
-        )  # [S, beams, V]
-        greedy_token = candidates[:, 0].argmax(-1)
-        greedy &= greedy_token != eos_id
-        greedy_total = candidates[greedy, 0, greedy_token[greedy]]
+        row = torch.arange(S, device=device)
+        likelihood = logits.float().log_softmax(-1).view(S, beams, V)
+        candidates = total[:, :, None] + likelihood  # [S, beams, V]
+        greedy_total, greedy_token = candidates[:, 0].max(-1)  # [S]
+        greedy = greedy & ~ends.of(greedy_token, begun[:, 0])[0]
 
-        ending = candidates[:, :, eos_id].clone()  # [S, beams]
-        score, beam = (ending / (step + 1)).max(1)
-        offer(score, beam, step)
+        # The likeliest way for each beam to end here; the best of them may be the best so far.
+        ending = ends.all(begun)  # [S, beams, V]
+        end_total, end_token = candidates.masked_fill(~ending, -torch.inf).max(-1)  # [S, beams]
+        score, beam = (end_total / (step + 1)).max(1)
+        hypothesis = tokens[row, beam]
+        hypothesis[:, step] = end_token[row, beam]
+        offer(score, hypothesis, step + (hypothesis[:, step] != ends.eos_id))
 
-        candidates[:, :, eos_id] = -torch.inf
+        # The likeliest ways to go on.
+        candidates.masked_fill_(ending, -torch.inf)
         candidates[greedy, 0, greedy_token[greedy]] = torch.inf  # first in line, whatever it scores
         total, choice = candidates.flatten(1).topk(beams)
-        total[greedy, 0] = greedy_total
-        beam, token = choice // candidates.shape[2], choice % candidates.shape[2]
+        total[greedy, 0] = greedy_total[greedy]
+        beam, token = choice // V, choice % V  # [S, beams]
         tokens = tokens.gather(1, beam[:, :, None].expand_as(tokens))
         tokens[:, :, step] = token
-        if step + 1 == max_new_tokens:
-            offer(*(total / max_new_tokens).max(1), max_new_tokens)
-            break
+        begun = ends.of(token, begun.gather(1, beam))[1]
+        at_limit = limits[sentence] == step + 1
+        score, longest = (total / (step + 1)).max(1)
+        score = score.masked_fill(~at_limit, -torch.inf)
+        offer(score, tokens[row, longest], limits[sentence])
 
-        above = (torch.cat([total, ending], 1)[:, None] > ending[:, :, None]).sum(
-            -1
-        )  # candidates better than each
-        ended = ended + ((above < beams) & ending.isfinite()).sum(1)
-        done = (ended >= beams) & (best_score[sentence] >= total.amax(1) / (step + 1)) & ~greedy
-        order = survivors(~done)
+        everything = torch.cat([total, end_total], 1)  # [S, 2 * beams]
+        better = (everything[:, None] > end_total[:, :, None]).sum(-1)  # than each that ended
+        finished = finished + ((better < beams) & end_total.isfinite()).sum(1)
+        settled = best_score[sentence] >= total.amax(1) / (step + 1)
+        alive = ~at_limit & ~((finished >= beams) & settled & ~greedy)
+        order = survivors(alive)
         if len(order) == 0:
             break
         # Where no sentence has left, its beams differ in what was generated alone.
         start = prompt_length if len(order) == S else 0
         cache.select((order[:, None] * beams + beam[order]).flatten(), start)
-        sentence, tokens, total = sentence[order], tokens[order], total[order]
-        ended, greedy, token = ended[order], greedy[order], token[order]
-        logits = next_logits(token.view(-1, 1))
+        sentence, tokens, total, begun = sentence[order], tokens[order], total[order], begun[order]
+        finished, greedy = finished[order], greedy[order]
+        logits = next_logits(token[order].view(-1, 1))
     return best, best_length
 
 
@@ -702,9 +784,7 @@ def checkpoint_files(folder):
     if single.exists():
         return [single]
     if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise InputError(f"{index}: no weight_map")
+        weight_map = read_json(index, {"weight_map": {}})["weight_map"]
         for shard in weight_map.values():
             if not isinstance(shard, str) or not shard or Path(shard).name != shard:
                 raise InputError(f"{index}: shard {shard!r} is not a file name in its own folder")
@@ -751,6 +831,8 @@ def load_model(folder, device="cpu", dtype=None):
     config = Config.from_folder(folder)
     family = FAMILIES[config.family]
     found, unexpected = find_tensors(folder, family.prefix)
+    if config.layers > len(found):
+        raise InputError(f"{folder}: {config.layers} layers in config.json, {len(found)} tensors")
     with torch.device("meta"):
         model = Decoder(config)
     wanted, missing, misshapen = {}, [], []  # wanted: our parameter -> published names
@@ -776,10 +858,14 @@ def load_model(folder, device="cpu", dtype=None):
     if problems:
         raise InputError(f"{folder}: tensors do not fit config.json; {'; '.join(problems)}")
 
+    files = {}
+
     def read(name):
-        # Opened anew for each tensor: an open file keeps in memory every page read through it.
-        stored = found[name]
-        return open_safetensors(stored.path).get_tensor(stored.name)
+        path, stored_name, shape, _ = found[name]
+        # An open file keeps in memory every page read through it: a large tensor opens it anew.
+        if path not in files or math.prod(shape) > 2**20:
+            files[path] = open_safetensors(path)
+        return files[path].get_tensor(stored_name)
 
     dtype = dtype or read(wanted["embedding.weight"][0]).dtype
     state = {}
@@ -818,13 +904,20 @@ def convert(folder):
     for shard in shards:
         target = folder / (shard.stem.removeprefix("pytorch_") + ".safetensors")
         try:
-            tensors = torch.load(shard, map_location="cpu", weights_only=True, mmap=True)
-            tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            loaded = torch.load(shard, map_location="cpu", weights_only=True, mmap=True)
+            tensors = {name: tensor.contiguous() for name, tensor in loaded.items()}
         except Exception as error:  # torch raises many kinds for a file that is not its own
             reason = str(error).split("\n")[0]
-            raise InputError(
-                f"{shard}: not a PyTorch file of plain tensors in the zip format ({reason})"
-            ) from None
+            if reason.startswith("Weights only load failed"):
+                # What torch says next is to load it all the same: the one thing not to do.
+                reason = "it holds objects that running code would make, and none is run"
+            expected = "not a PyTorch file of plain tensors in the zip format"
+            raise InputError(f"{shard}: {expected} ({reason})") from None
+        seen = set()
+        for name, tensor in tensors.items():
+            if tensor.data_ptr() in seen:  # a head that is tied to the embedding
+                tensors[name] = tensor.clone()
+            seen.add(tensor.data_ptr())
         write_tensors(target, tensors)
         weight_map |= dict.fromkeys(tensors, target.name)
         total_size += sum(tensor.nbytes for tensor in tensors.values())

@@ -710,7 +710,8 @@ def test_a_run_end_to_end(world, tmp_path, monkeypatch, capsys):
     pairs = list_pairs(world / "data", "test")
     assert set(contents(run)) == {
         "args.json", "layers.json", "awareness.safetensors", "neurons.json", "tuned.safetensors", "log.jsonl",
-        "results.json", *(f"hypotheses/{pair}.{when}.txt" for pair in pairs for when in ("before", "after")),
+        "results.json", "lock",
+        *(f"hypotheses/{pair}.{name}.txt" for pair in pairs for name in ("before", "after", "source", "reference")),
     }  # fmt: skip
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == [0, 1, 2, 3, 4, 5, 6, 7, 7]
