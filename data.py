@@ -425,7 +425,7 @@ class SentencePieceTokenizer:
     def __init__(self, path):
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise InputError(f"{path}: not a sentencepiece model ({error})") from None
         self.vocab_size = self.model.get_piece_size()
         if self.model.eos_id() < 0:

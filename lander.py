@@ -1136,6 +1136,9 @@ def tune(settings, folder):
     results_path = folder / "results.json"  # of what was evaluated so far
     shape = {str: {str: {"bleu": float, "chrf": float, "cut": int}}}
     results = read_json(results_path, shape) if results_path.exists() else {}
+    for pair, scores in results.items():
+        if pair not in inputs.test or not scores.keys() <= {"before", "after"}:
+            raise InputError(f"{results_path}: {pair}: {', '.join(scores)} is not of this run")
 
     def evaluate_all(when):
         for pair, text in inputs.test.items():

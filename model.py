@@ -72,6 +72,9 @@ class Config:
             expected = f"expected one of {', '.join(FAMILIES)}"
             raise InputError(f"{where}: model_type is {name!r}, {expected}")
         family = FAMILIES[name]
+        for key in SWITCHES:
+            if type(published.get(key, True)) is not bool:
+                raise InputError(f"{where}: {key} is {published[key]!r}, expected true or false")
         try:
             config = cls(family=name, published=published, **family.read(published))
         except KeyError as error:
@@ -85,9 +88,8 @@ class Config:
                 raise InputError(f"{where}: {key} is set, which is not supported")
         activation = published.get("hidden_act", family.activation)
         if activation != family.activation:
-            raise InputError(
-                f"{where}: hidden_act is {activation!r}, expected {family.activation!r}"
-            )
+            expected = f"expected {family.activation!r}"
+            raise InputError(f"{where}: hidden_act is {activation!r}, {expected}")
         return config
 
     def check(self, where):
@@ -106,9 +108,10 @@ class Config:
             raise InputError(f"{where}: {found}, expected an even number for rotary positions")
         if type(self.norm_eps) is not float or not 0 < self.norm_eps < 1:
             raise InputError(f"{where}: norm_eps is {self.norm_eps!r}, expected a small number")
-        if type(self.residual_after_norm) is not bool:
-            found = f"apply_residual_connection_post_layernorm is {self.residual_after_norm!r}"
-            raise InputError(f"{where}: {found}, expected true or false")
+
+
+# Keys of config.json that are true, false or absent.
+SWITCHES = ("apply_residual_connection_post_layernorm", "tie_word_embeddings", "normalize_head")
 
 
 class Family(NamedTuple):
@@ -132,14 +135,6 @@ def first_of(published, *keys):
     raise KeyError(" or ".join(keys))
 
 
-def flag(published, key, default):
-    """A key that is true, false or absent."""
-    value = published.get(key, default)
-    if type(value) is not bool:
-        raise InputError(f"config.json: {key} is {value!r}, expected true or false")
-    return value
-
-
 def read_bloom(published):
     """BLOOM's config.json, published (n_embed, num_attention_heads) or re-saved (hidden_size)."""
     hidden_size = first_of(published, "n_embed", "hidden_size")
@@ -157,7 +152,7 @@ def read_bloom(published):
         query_key_value="interleaved",
         gated=False,
         bias=True,
-        head="tied" if flag(published, "tie_word_embeddings", True) else "plain",
+        head="tied" if published.get("tie_word_embeddings", True) else "plain",
         max_length=published.get("seq_length", 2048),
     )
 
@@ -187,10 +182,9 @@ def read_baichuan(published):
         query_key_value="stacked",
         gated=True,
         bias=False,
-        head="normalized" if flag(published, "normalize_head", normalized) else "plain",
-        max_length=first_of(
-            published | {"": 4096}, "max_position_embeddings", "model_max_length", ""
-        ),
+        head="normalized" if published.get("normalize_head", normalized) else "plain",
+        max_length=published.get("max_position_embeddings")
+        or published.get("model_max_length", 4096),
     )
 
 

@@ -13,7 +13,9 @@ prompts, batches; worked examples; real input.
 import doctest
 import itertools
 import json
+import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,7 +34,7 @@ import lander
 import model
 from data import InputError, list_pairs, load_tokenizer, make_batches, read_parallel, render
 from model import Config, Decoder, Family, load_model, save_model
-from study import demo
+from study import demo, fuzz
 
 SHARED = Path(__file__).resolve().parent.parent / "shared"
 
@@ -909,9 +911,305 @@ def test_a_loss_that_is_no_number_stops_the_run(world, tmp_path, monkeypatch, ca
     assert lander.main(arguments(world)) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert "step 3" in line and "nan" in line and "state.safetensors" in line
+    assert "a lower --lr and another --out" in line, "--resume refuses another --lr"
     state = load_file("run/state.safetensors")
     assert state["step"] in (1, 2) and all(tensor.isfinite().all() for tensor in state.values())
     assert not Path("run/tuned.safetensors").exists()
+
+
+def translations(decoder, sources, **settings):
+    """What translate_lines makes of sources, with an all-byte tokenizer. -> lines, how many were cut"""
+    settings = lander.Settings(**settings)
+    found = list(lander.translate_lines(decoder, Bytes, "en-de", sources, settings, "x"))
+    lines = {number: line for number, line, _ in found}
+    return [lines[i] for i in range(len(sources))], sum(cut for _, _, cut in found)
+
+
+class Bytes:
+    """A tokenizer of one id a byte."""
+
+    eos_id, pad_id, vocab_size = 0, 1, 128
+    encode = staticmethod(lambda text: list(text.encode("ascii", "replace")))
+    decode = staticmethod(lambda ids: bytes(ids).decode("latin-1"))
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_translations_do_not_depend_on_their_neighbours(beams):
+    """Cut at a training limit, or at the longest neighbour's; other tokens with other passes; loops not counted."""
+    decoder = tiny_decoder("bloom", vocabulary=128)
+    sources = ["a", "", "a longer one, longer than the others", "two words", " ", "b" * 40]
+    expected, cut = translations(decoder, sources, beams=beams)
+    assert cut > 0 and expected[1] == expected[4] == "" and max(map(len, expected)) > 64
+    for micro_tokens in (1, 300, 10**6):
+        for max_tokens in (8, 256):
+            options = dict(micro_tokens=micro_tokens, max_tokens=max_tokens, beams=beams)
+            assert translations(decoder, sources, **options) == (expected, cut)
+    alone = [translations(decoder, [source], beams=beams) for source in sources]
+    assert [lines[0] for lines, _ in alone] == expected and sum(cut for _, cut in alone) == cut
+
+
+def test_a_source_too_long_for_the_model_is_an_empty_line_and_a_note(capsys):
+    """Attention over one line of 10,000 tokens takes tens of gigabytes, and ends all."""
+    decoder = tiny_decoder("bloom", vocabulary=128)
+    (short, long), _ = translations(decoder, ["a", "b" * 5000])
+    assert short and long == ""
+    assert "line 2" in capsys.readouterr().err
+
+
+def end_before_tuned(monkeypatch, words):
+    """A run that is interrupted when its training was saved."""
+    with monkeypatch.context() as patch:
+        patch.setattr(lander, "SAVE_EVERY", 0)
+        Interrupt(patch, "train_step", 4)
+        assert lander.main(words) == 130
+
+
+@pytest.mark.parametrize("name, change", [
+    ("test.qab", lambda text: text.replace("a", "e")), ("train.qaa", lambda text: text.replace("a", "e")),
+    ("test.qaa", lambda text: text + "one more\n"), ("valid.qab", lambda text: text[:-1]),
+])  # fmt: skip
+def test_resuming_on_other_data_names_the_file(world, tmp_path, monkeypatch, capsys, name, change):
+    """Old hypotheses scored against new references; another model, and no message."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(world / "data", "data")
+    words = arguments(world, "--data", "data")
+    end_before_tuned(monkeypatch, words)
+    before, path = contents(Path("run")), Path("data", name)
+    text = path.read_text()
+    path.write_text(change(text))
+    if name == "test.qaa":
+        Path("data/test.qab").write_text(Path("data/test.qab").read_text() + "one more\n")
+    capsys.readouterr()
+    assert lander.main([*words, "--resume"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (
+        f"data/{name} has changed" in line
+        or "data/test.qab has changed" in line
+        and name == "test.qaa"
+    )
+    assert contents(Path("run")) == before
+
+
+def test_resuming_on_other_weights_names_the_file(world, tmp_path, monkeypatch, capsys):
+    """A checkpoint of the same shapes whose header differs, or whose config does."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(world / "weights", "weights")
+    words = arguments(world, "--weights", "weights")
+    end_before_tuned(monkeypatch, words)
+    tensors = load_file("weights/model.safetensors")
+    save_file(tensors, "weights/model.safetensors", metadata={"format": "other"})
+    capsys.readouterr()
+    assert lander.main([*words, "--resume"]) == 2
+    assert "weights/model.safetensors has changed" in capsys.readouterr().err
+
+
+def test_the_files_of_a_run_can_be_evaluated_alone(world, tmp_path, monkeypatch):
+    """Hypotheses that do not lie line by line beside the test files, where a side of those was empty."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(world / "data", "data")
+    lines = Path("data/test.qab").read_text().split("\n")
+    Path("data/test.qab").write_text("\n".join([lines[0], "", *lines[2:]]))
+    assert (
+        lander.main(arguments(world, "--data", "data", "--eval-sentences", "0", "--steps", "1"))
+        == 0
+    )
+    source, reference, before = (
+        Path(f"run/hypotheses/qaa-qab.{name}.txt").read_text().split("\n")
+        for name in ("source", "reference", "before")
+    )
+    assert len(source) == len(reference) == len(before) == 20
+    assert source[0] == Path("data/test.qaa").read_text().split("\n")[0]
+    assert (
+        source[1] == Path("data/test.qaa").read_text().split("\n")[2] and reference[1] == lines[2]
+    )
+    assert json.loads(Path("run/results.json").read_text())["qaa-qab"]["before"]["cut"] >= 0
+
+
+def test_files_have_the_permissions_of_the_umask(world, tmp_path, monkeypatch):
+    """safetensors writes files that nobody else may read: a shared cluster folder breaks."""
+    monkeypatch.chdir(tmp_path)
+    before = os.umask(0o027)
+    try:
+        assert lander.main(arguments(world, "--steps", "1")) == 0
+    finally:
+        os.umask(before)
+    modes = {
+        path.name: path.stat().st_mode & 0o777 for path in Path("run").rglob("*") if path.is_file()
+    }
+    assert set(modes.values()) == {0o640}, modes
+
+
+def test_left_over_temporary_files_are_swept(world, tmp_path, monkeypatch):
+    """6 GB each at 7b1, for ever, under two kinds of names."""
+    monkeypatch.chdir(tmp_path)
+    end_before_tuned(monkeypatch, arguments(world))
+    for name in ("state.safetensors.tmp", ".tmpA1b2C3", "hypotheses/qaa-qab.after.txt.tmp"):
+        Path("run", name).write_text("half")
+    assert lander.main(arguments(world, "--resume")) == 0
+    assert not [path for path in Path("run").rglob("*") if ".tmp" in path.name]
+
+
+def test_a_folder_in_use_is_refused_at_once(world, tmp_path, monkeypatch, capsys):
+    """Two processes that both go on and mix their files."""
+    monkeypatch.chdir(tmp_path)
+    command = [sys.executable, lander.__file__, *arguments(world, "--steps", "100000")]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    try:
+        process.stdout.readline()
+        for words in ([], ["--resume"]):
+            assert lander.main(arguments(world, "--steps", "100000", *words)) == 2
+            assert f"run: in use by process {process.pid} on " in capsys.readouterr().err
+        for line in process.stdout:
+            if line.startswith("4."):
+                break
+        time.sleep(1)
+        process.send_signal(
+            signal.SIGTERM
+        )  # which a cluster sends before it takes the machine away
+        assert process.wait(60) == 130
+    finally:
+        process.kill()
+    state = load_file("run/state.safetensors")
+    log = Path("run/log.jsonl").read_text().splitlines()
+    assert int(state["step"]) == json.loads(log[-1])["step"] == len(log) - 1 > 0, "nothing was lost"
+
+
+def test_an_unwritable_folder_shows_at_once(world, tmp_path, monkeypatch, capsys):
+    """After an hour of scoring: permission denied."""
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    monkeypatch.setattr(lander, "load_model", None)
+    assert lander.main(arguments(world, "--out", "file/run")) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_an_option_given_counts_as_given(monkeypatch, tmp_path):
+    """The demo's own defaults won over --layers 4, since 4 is the general default."""
+    chosen = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "build", lambda folder: None)
+    monkeypatch.setattr(lander, "run", lambda settings: chosen.append(settings) or {})
+    for words in (["--layers", "4"], []):
+        assert lander.main(words) == 0
+    assert [settings.layers for settings in chosen] == [4, demo.SETTINGS["layers"]]
+
+
+def test_every_long_step_shows_progress(world, tmp_path, monkeypatch):
+    """Many minutes of silence: the validation loss of a 7B model."""
+    monkeypatch.chdir(tmp_path)
+    labels, progress = [], lander.Progress
+
+    def noted(label, total, unit, done=0):
+        labels.append(label)
+        return progress(label, total, unit, done)
+
+    monkeypatch.setattr(lander, "Progress", noted)
+    assert lander.main(arguments(world, "--steps", "1")) == 0
+    for what in ("layers for", "scoring", "translating", "validation loss of", "training"):
+        assert any(label.startswith(what) for label in labels), what
+
+
+@pytest.mark.parametrize("scores, culprit", [(0.0, "all zero"), (float("nan"), "not all numbers")])
+def test_scores_that_say_nothing_are_an_error(
+    world, tmp_path, monkeypatch, capsys, scores, culprit
+):
+    """A pair whose scores in a layer are all zero becomes NaN, and owns every specific neuron."""
+    monkeypatch.chdir(tmp_path)
+    awareness = lander.neuron_awareness
+
+    def spoiled(decoder, batches, layers):
+        found = awareness(decoder, batches, layers)
+        found[-1] = scores
+        return found
+
+    monkeypatch.setattr(lander, "neuron_awareness", spoiled)
+    assert lander.main(arguments(world)) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert "awareness for qaa-qab in layer" in line and culprit in line
+
+
+BAD_RUN_FILES = {
+    "args.json of another version": ("args.json", lambda args: args | {"magic": 1}, "magic"),
+    "args.json without a setting": ("args.json", lambda args: {"pair": "qaa-qab"}, "no weights"),
+    "args.json of another kind": (
+        "args.json",
+        lambda args: args | {"layers": "2"},
+        '"2" is not a whole number',
+    ),
+    "neurons.json a list": ("neurons.json", lambda groups: [groups], "not a JSON object"),
+    "a neuron that is none": (
+        "neurons.json",
+        lambda groups: edit_neurons(groups, [9999]),
+        "does not fit",
+    ),
+    "a neuron of text": (
+        "neurons.json",
+        lambda groups: edit_neurons(groups, ["1"]),
+        '"1" is not a whole number',
+    ),
+    "a neuron twice": ("neurons.json", lambda groups: edit_neurons(groups, [1, 1]), "two owners"),
+    "a layer that is none": (
+        "neurons.json",
+        lambda groups: {"77": groups.popitem()[1]},
+        "layer 77",
+    ),
+}
+
+
+def edit_neurons(groups, neurons):
+    """The neurons of the first pair in the first layer, changed."""
+    first = next(iter(groups.values()))["specific"]
+    first[next(iter(first))] = neurons
+    return groups
+
+
+@pytest.mark.parametrize("case", BAD_RUN_FILES)
+def test_a_damaged_run_ends_in_one_line(finished, tmp_path, monkeypatch, capsys, case):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished, "run")
+    name, edit, culprit = BAD_RUN_FILES[case]
+    value = edit(json.loads(Path("run", name).read_text()))
+    Path("run", name).write_text(json.dumps(value))
+    assert lander.main(["--translate", "/dev/null", "--tuned", "run", "--pair", "qaa-qab"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert name in line and culprit in line
+
+
+@pytest.fixture(scope="session")
+def finished(world, tmp_path_factory):
+    """A finished run."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert lander.main(arguments(world, "--out", str(folder / "run"), "--steps", "1")) == 0
+    return folder / "run"
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(world, tmp_path, monkeypatch, capsys):
+    """An IndexError, or a device assert on CUDA, at the first rare word."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(world / "weights", "weights")
+    tokenizer = json.loads(Path("weights/tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["never"] = 5000
+    Path("weights/tokenizer.json").write_text(json.dumps(tokenizer))
+    assert lander.main(arguments(world, "--weights", "weights")) == 2
+    assert "tokenizer.json has 5001 tokens" in capsys.readouterr().err
+
+
+def test_output_is_utf_8_whatever_the_locale(world, tmp_path):
+    """UnicodeEncodeError at the first umlaut."""
+    words = arguments(world, "--out", "rün", "--steps", "1")
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = run_command(*words, cwd=tmp_path, env=environment, encoding="utf-8")
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.endswith(" in rün\n")
+
+
+def test_mutated_inputs_end_in_a_result_or_one_line(tmp_path):
+    """A few hundred of study/fuzz.py's cases: no traceback, no hang, nothing written elsewhere."""
+    fuzz.build(tmp_path / "world")
+    outcomes = [fuzz.check(tmp_path / "world", number, seed=1) for number in range(300)]
+    assert [what for what, outcome in outcomes if outcome not in (0, 2)] == []
+    assert {outcome for _, outcome in outcomes} == {0, 2}
 
 
 BAD_COMMANDS = {
@@ -935,6 +1233,11 @@ BAD_COMMANDS = {
     "evaluation pair without text": (["--eval-pairs", "en-de"], "no test text for en-de"),
     "no run": (["--translate", "-", "--tuned", "nowhere"], "nowhere"),
     "no --tuned": (["--translate", "-"], "--tuned"),
+    "--tuned alone": (["--tuned", "run"], "--translate"),
+    "beams": (["--beams", "999999"], "--beams is 999999"),
+    "NUL": (["--out", "a\0b"], "--out has a NUL"),
+    "too many steps": (["--steps", "1" + "0" * 30], "--steps is 1000"),
+    "meta": (["--device", "meta"], "--device meta"),
 }
 
 
@@ -1246,13 +1549,16 @@ def nan_in_new_memory():
     torch.use_deterministic_algorithms(False)
 
 
-def recomputed_greedy(decoder, ids, max_new_tokens, eos_id, vocab_size=None):
+def recomputed_greedy(decoder, ids, max_new_tokens, eos_id, vocab_size=None, texts=None):
+    """The four lines; with the texts of all tokens, a line break after a visible character ends it, too."""
     ids, new = list(ids), []
     while len(new) < max_new_tokens:
         token = int(decoder(torch.tensor([ids + new]))[0, -1, :vocab_size].argmax())
         if token == eos_id:
             break
         new.append(token)
+        if texts and "\n" in "".join(texts[token] for token in new).lstrip():
+            break
     return new
 
 
@@ -1284,6 +1590,89 @@ def test_generation_edge_cases():
     assert decoder.generate(ids[:0], mask[:0], 5, eos_id=2) == []
     assert decoder.generate(ids, None, 5, eos_id=2) == decoder.generate(
         ids, torch.ones_like(mask), 5, eos_id=2
+    )
+
+
+TEXTS_OF_12 = ["a", "b", "</s>", "c", "\n", " \n ", "d\n", " ", "e\ne", "f", "g ", " h"]
+
+
+class Texts:
+    """A tokenizer that knows what its tokens say."""
+
+    vocab_size = 12
+    decode = staticmethod(lambda ids: "".join(TEXTS_OF_12[id] for id in ids))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_line_break_ends_a_translation(kind, nan_in_new_memory):
+    """A base model that goes on with another line until its limit; a break before the first word taken for the end."""
+    ends, ended, skipped = data.line_ends(Texts), 0, 0
+    for seed in range(12):
+        decoder = tiny_decoder(kind, seed, vocabulary=12)
+        ids, mask = padded_ids(12, "left", lengths=(5, 11, 3, 7, 8))
+        limits = [9, 4, 1, 14, 12]
+        new = decoder.generate(ids, mask, limits, eos_id=2, vocab_size=12, line_ends=ends)
+        for row, real, limit, found in zip(ids, mask, limits, new):
+            expected = recomputed_greedy(decoder, row[real].tolist(), limit, 2, texts=TEXTS_OF_12)
+            assert found == expected
+            text = Texts.decode(found)
+            ended += "\n" in text.lstrip()
+            skipped += text.lstrip() != text and "\n" in text[: len(text) - len(text.lstrip())]
+    assert ended > 5 and skipped > 1, "nothing ended at a line break: nothing was tested"
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_limits_are_each_prompts_own(beams):
+    """Prompts of 13 and 35 tokens, a model that loops: 26 and 70 tokens alone must not be 70 and 70 together."""
+    decoder = tiny_decoder("bloom", vocabulary=12)
+    ids, mask = padded_ids(12, "right", lengths=(5, 11, 3, 7))
+    limits = [6, 2, 9, 4]
+    together = decoder.generate(ids, mask, limits, eos_id=2, beams=beams)
+    for row, real, limit, new in zip(ids, mask, limits, together):
+        assert decoder.generate(row[real][None], None, limit, eos_id=2, beams=beams) == [new]
+    assert [len(new) for new in together] == limits
+
+
+class FiveTexts:
+    vocab_size = 5
+    decode = staticmethod(lambda ids: "".join(["a", "\n", "</s>", "b\n", " "][id] for id in ids))
+
+
+def test_beams_rank_what_is_kept():
+    """Beams ranked by the lines after the first, which are thrown away."""
+    ends, different = data.line_ends(FiveTexts), 0
+    for seed in range(8):
+        decoder = tiny_decoder("alibi", seed, vocabulary=5)
+        scored = {}  # every continuation of up to 3 tokens, cut where it ends -> log-probability a token
+        for new in itertools.product(range(5), repeat=3):
+            end = 3
+            for length in (3, 2, 1):
+                text = FiveTexts.decode([token for token in new[:length] if token != 2])
+                if new[length - 1] == 2 or "\n" in text.lstrip():
+                    end = length
+            whole = list(new[:end])
+            scored[tuple(whole)] = log_likelihood(decoder, [3, 1, 4], whole) / end
+        best = [token for token in max(scored, key=scored.get) if token != 2]
+        prompt = torch.tensor([[3, 1, 4]])
+        assert decoder.generate(prompt, None, 3, 2, 125, 5, ends) == [best]
+        different += decoder.generate(prompt, None, 3, 2, 125, 5) != [best]
+    assert different, "line breaks decide nothing: nothing was tested"
+
+
+@torch.no_grad()
+def log_likelihood(decoder, prompt, new):
+    logits = decoder(torch.tensor([prompt + new]))[0, len(prompt) - 1 : -1]
+    return float(logits.double().log_softmax(-1)[range(len(new)), new].sum())
+
+
+def test_first_lines_by_hand():
+    """No-break and ideographic spaces made plain; a rarer line break that splits the file elsewhere."""
+    assert (
+        data.first_line("\n  Ein\u00a0Haus\u3000steht  da. \nGerman: x")
+        == "Ein\u00a0Haus\u3000steht  da."
+    )
+    assert (
+        data.first_line("a\u2028b") == "a" and data.first_line(" \n ") == data.first_line("") == ""
     )
 
 
@@ -1466,6 +1855,28 @@ def edit_config(**changes):
         ),
         ("config.json", edit_config(n_head=5), ["config.json", "32", "5 heads"]),
         ("config.json", edit_config(n_layer="2"), ["config.json", "layers is '2'"]),
+        ("config.json", edit_config(n_layer=10**6), ["1000000 layers", "29 tensors"]),
+        ("config.json", edit_config(n_embed=10**30), ["config.json", "hidden_size is 1000"]),
+        ("config.json", edit_config(model_type=["bloom"]), ["config.json", "['bloom']"]),
+        ("config.json", edit_config(layer_norm_epsilon="x"), ["config.json", "norm_eps is 'x'"]),
+        (
+            "config.json",
+            edit_config(quantization_config={}),
+            ["config.json", "quantization_config"],
+        ),
+        (
+            "config.json",
+            edit_config(rope_scaling={"type": "yarn"}),
+            ["config.json", "rope_scaling"],
+        ),
+        ("config.json", edit_config(hidden_act="relu"), ["config.json", "'relu'"]),
+        (
+            "config.json",
+            edit_config(tie_word_embeddings="no"),
+            ["config.json", "tie_word_embeddings"],
+        ),
+        ("config.json", b"[" * 100000, ["config.json", "nested"]),
+        ("config.json", b'{"a": NaN}', ["config.json", "NaN"]),
         ("model.safetensors", None, ["no model.safetensors"]),
         ("model.safetensors", lambda content: content[:-100], ["model.safetensors"]),
         ("model.safetensors", b"", ["model.safetensors"]),
@@ -1479,6 +1890,28 @@ def test_a_damaged_checkpoint_ends_in_one_line(tmp_path, file, content, culprits
     with pytest.raises(InputError) as error:
         load_model(tmp_path)
     assert all(culprit in message(error) for culprit in [str(tmp_path), *culprits])
+
+
+@pytest.mark.parametrize(
+    "extra, culprit",
+    [({"positions": "Rotary"}, "'Rotary'"), ({"normalize_head": 1}, "normalize_head")],
+)
+def test_unknown_values_of_known_keys_are_refused(extra, culprit):
+    """positions "Rotary" was accepted, and then there were no positions at all."""
+    with pytest.raises(InputError) as error:
+        Config.from_json(BAICHUAN | {"model_max_length": 64} | extra)
+    assert culprit in message(error)
+
+
+def test_rms_norm_casts_before_the_weight_multiplies():
+    """In 16 bits the other order rounds otherwise; in fp32 the two are the same."""
+    norm = model.RMSNorm(64, eps=1e-6)
+    generator = torch.Generator().manual_seed(0)
+    norm.weight.data = torch.randn(64, generator=generator)
+    norm, x = norm.bfloat16(), torch.randn(50, 64, generator=generator).bfloat16()
+    wide = x.float() / (x.float().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    assert torch.equal(norm(x), wide.bfloat16() * norm.weight)
+    assert not torch.equal(norm(x), (wide * norm.weight.float()).bfloat16())
 
 
 def test_a_missing_shard_is_named(tmp_path):
@@ -1510,6 +1943,17 @@ def test_bin_shards_convert_to_the_same_model(tmp_path):
     assert all(torch.equal(p, again.get_parameter(name)) for name, p in decoder.named_parameters())
 
 
+def test_a_bin_file_with_a_tied_head_converts(tmp_path):
+    """safetensors refuses tensors that share memory."""
+    save_model(tiny_decoder("bloom"), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    tensors["lm_head.weight"] = tensors["word_embeddings.weight"]
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    model.convert(tmp_path)
+    assert torch.equal(load_model(tmp_path).embedding.weight, tensors["lm_head.weight"])
+
+
 class Payload:
     def __reduce__(self):
         return Path.touch, (Path("executed"),)
@@ -1528,6 +1972,7 @@ def test_converting_runs_no_code_and_names_the_file(tmp_path, monkeypatch, conte
     )
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.splitlines()) == 1 and "pytorch_model" in done.stderr
+    assert "weights_only" not in done.stderr, "torch advises to load it all the same"
     assert [p.name for p in tmp_path.iterdir()] == [path.name] * (content is not None)
 
 
@@ -1682,6 +2127,13 @@ def test_pre_tokenizer_by_hand(text, pieces):
         (lambda p: p["added_tokens"][1].update(lstrip=True), "<s>"),
         (lambda p: p["added_tokens"].pop(3), "<pad>"),
         (lambda p: p.pop("model"), "model"),
+        (lambda p: p["model"].update(vocab=[]), "vocab"),
+        (lambda p: p["model"]["vocab"].update(x="7"), '"7" is not a whole number'),
+        (lambda p: p["model"]["vocab"].update(x=-7), "ids from -7"),
+        (lambda p: p["model"]["merges"].append(["never", "seen"]), "never"),
+        (lambda p: p["model"]["merges"].append(7), "7 is not a list"),
+        (lambda p: p.update(added_tokens={}), "added_tokens"),
+        (lambda p: p.update(pre_tokenizer=7), "pre_tokenizer"),
     ],
 )
 def test_another_pipeline_is_refused_by_name(bloom_tokenizer, tmp_path, edit, culprit):
@@ -1774,6 +2226,28 @@ def test_empty_sides_are_skipped_and_counted(tmp_path, capsys):
     assert "skipped 2 of 4" in capsys.readouterr().err
 
 
+def test_blank_lines_mean_the_same_in_all_forms(tmp_path, capsys):
+    """Skipped in two files, an error in TSV, silent in JSON lines."""
+    item = json.dumps({"translation": {"en": "a", "de": "A"}})
+    write(tmp_path, two_en="a\n\nb\n", two_de="A\n\nB\n", tab_en__de_tsv="a\tA\n\nb\tB\n",
+          lines_de__en_json=f"{item}\n \n{item}\n".replace('"a", "de": "A"', '"a", "de": "A"'))  # fmt: skip
+    for split in ("two", "tab", "lines"):
+        assert len(read_parallel(tmp_path, split, "en-de")) == 2
+        assert "skipped 1 of 3" in capsys.readouterr().err
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    """It stayed in the first line; JSON with one was refused."""
+    mark = b"\xef\xbb\xbf"
+    item = json.dumps([{"translation": {"en": "a", "de": "A"}}]).encode()
+    write(tmp_path, two_en=mark + b"a\n", two_de=mark + b"A\n", list_de__en_json=mark + item)
+    assert (
+        read_parallel(tmp_path, "two", "en-de")
+        == read_parallel(tmp_path, "list", "en-de")
+        == [("a", "A")]
+    )
+
+
 @pytest.mark.parametrize(
     "files, pair, culprits",
     [
@@ -1798,6 +2272,11 @@ def test_empty_sides_are_skipped_and_counted(tmp_path, capsys):
         (dict(train_en__de_json="[{}]"), "en-de", ["train.en-de.json", "item 1 of 1", "en and de"]),
         (dict(train_en__de_json='{"translation": {"en": "a", "de": 7}}'), "en-de", ["item 1 of 1"]),
         (dict(train_en__de_json="nonsense"), "en-de", ["train.en-de.json", "JSON"]),
+        (
+            dict(train_en__de_json='[{"translation": {"en": "\\ud800", "de": "A"}}]'),
+            "en-de",
+            ["lone surrogate"],
+        ),
         (dict(train_en="a\n", train_xx="b\n"), "en-xx", ["'xx'", "LANGUAGES in data.py"]),
         ({}, "ende", ["'ende'", "en-de"]),
         ({}, "en-en", ["'en-en'"]),

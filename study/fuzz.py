@@ -368,7 +368,7 @@ def listing(folder):
 
 
 def check(world, number, seed=0):
-    """Run one case in a world of build(). -> what was done, and what went wrong or None"""
+    """Run one case in a world of build(). -> what was done, and its status or what went wrong"""
     rng = random.Random(f"{seed} {number}")
     name = rng.choice(list(CONFIGS))
     out = world / "out"
@@ -448,7 +448,7 @@ def check(world, number, seed=0):
     for file in outside:
         if file not in before:
             Path(file).unlink(missing_ok=True)
-    return what, wrong
+    return what, wrong or status
 
 
 # --------------------------------------------------------------------------------------------------
@@ -477,7 +477,7 @@ def main():
     args = parser.parse_args()
     numbers = range(args.first, args.first + args.cases) if args.only is None else [args.only]
     processes = min(args.processes, len(numbers))
-    start, done, bad = time.monotonic(), 0, 0
+    start, done, right, bad = time.monotonic(), 0, 0, 0
     context = multiprocessing.get_context("fork")
     waiting = {}
 
@@ -494,7 +494,7 @@ def main():
         for receiver in multiprocessing.connection.wait(list(waiting)):
             share, process, current = waiting.pop(receiver)
             try:
-                number, what, wrong = receiver.recv()
+                number, what, outcome = receiver.recv()
             except EOFError:
                 process.join()
                 if process.exitcode:  # it crashed: count that, go on after it
@@ -510,15 +510,17 @@ def main():
             if what is None:
                 continue
             done += 1
-            if wrong:
+            right += outcome == 0
+            if isinstance(outcome, str):
                 bad += 1
-                print(f"BAD {what}\n{wrong}", flush=True)
+                print(f"BAD {what}\n{outcome}", flush=True)
             if done % 500 == 0:
                 print(
                     f"{done} of {len(numbers)}, {time.monotonic() - start:.0f} s, {bad} bad",
                     flush=True,
                 )
-    print(f"{done} cases in {time.monotonic() - start:.0f} s, {bad} bad")
+    took = f"{done} cases in {time.monotonic() - start:.0f} s"
+    print(f"{took}: {right} gave a result, {done - right - bad} one line, {bad} bad")
     sys.exit(bad > 0)
 
 
