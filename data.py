@@ -158,11 +158,14 @@ def read_tensors(path):
     return {name: file.get_tensor(name) for name in file.keys()}
 
 
+HALF_WRITTEN = ".half-written"
+
+
 @contextmanager
 def replacing(path):
     """A temporary name beside `path`, renamed at the end: no half-written file ever has its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + HALF_WRITTEN)
     try:
         yield temporary
         os.replace(temporary, path)
@@ -229,14 +232,17 @@ def locked(folder):
     with open(path, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it when we die
-        except BlockingIOError:
+            if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                raise FileNotFoundError  # who held it removed it
+        except (BlockingIOError, FileNotFoundError):
             file.seek(0)
             raise InputError(f"{folder}: in use by {file.read() or 'another process'}") from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
-        for left_over in folder.rglob("*.tmp*"):
-            left_over.unlink()
+        for pattern in (f"*{HALF_WRITTEN}", f"*/*{HALF_WRITTEN}", ".tmp??????"):  # safetensors' own
+            for left_over in folder.glob(pattern):
+                left_over.unlink()
         try:
             yield
         finally:

@@ -947,7 +947,7 @@ def read_inputs(tokenizer, tuned, settings):
             own = read_text(settings, "valid", pair, inputs.files)[:VALID_SENTENCES]
             inputs.valid[pair] = render_examples(tokenizer, pair, own, settings, "validation")
     compared = choose_pairs(settings.score_pairs, settings.data, "train")
-    for pair in [*tuned, *(pair for pair in compared if pair not in tuned)]:
+    for pair in tuned + [pair for pair in compared if pair not in tuned]:
         if pair not in text:
             text[pair] = read_text(settings, "train", pair, inputs.files)
         own = text[pair]

@@ -644,26 +644,23 @@ class Ends:
 
     def __init__(self, eos_id, line_ends, vocab_size, device):
         self.eos_id = eos_id
-        nothing = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-        self.visible, self.before, self.after = nothing, nothing.clone(), nothing.clone()
+        tables = torch.zeros(3, vocab_size, dtype=torch.bool)
         if line_ends is not None:
-            self.visible, self.before, self.after = (
-                table.to(device, copy=True) for table in line_ends
-            )
-        for table in (self.before, self.after):
-            table[eos_id] = True
+            tables = torch.stack(line_ends)
+        self.visible = tables[0].to(device)  # [V]
+        self.ending = tables[1:].to(device)  # [2, V]: before the line has begun, and after
+        self.ending[:, eos_id] = True
 
     def all(self, begun):
         """Of every token, whether it would end the line. begun [..] bool -> [.., V] bool
 
         begun: whether the line shows something already; what comes before that is skipped.
         """
-        return torch.where(begun[..., None], self.after, self.before)
+        return self.ending[begun.long()]
 
     def of(self, token, begun):
         """Whether `token` ends the line, [..] bool; and whether the line has begun with it."""
-        ends = torch.where(begun, self.after[token], self.before[token])
-        return ends, begun | self.visible[token]
+        return self.ending[begun.long(), token], begun | self.visible[token]
 
 
 def greedy_search(next_logits, logits, cache, limits, ends, beams=1):
@@ -679,12 +676,13 @@ def greedy_search(next_logits, logits, cache, limits, ends, beams=1):
         token = logits.max(-1).indices  # argmax, several times faster on the CPU
         new[sentence, step] = token
         ended, begun = ends.of(token, begun)
-        lengths[sentence[ended]] = step + (token[ended] != ends.eos_id)
-        alive = ~ended & (step + 1 < limits[sentence])
+        alive = ~ended & (limits > step + 1)
         if not alive.all():
+            lengths[sentence[ended]] = step + (token[ended] != ends.eos_id)
             order = survivors(alive)
             cache.select(order)
-            sentence, token, begun = sentence[order], token[order], begun[order]
+            sentence, token = sentence[order], token[order]
+            begun, limits = begun[order], limits[order]
         if len(sentence) == 0:
             break
         logits = next_logits(token[:, None])

@@ -834,7 +834,7 @@ def test_an_interrupted_and_resumed_run_ends_in_the_same_bytes(
         Interrupt(patch, name, count)
         assert lander.main(arguments(world)) == 130
     assert "--resume" in capsys.readouterr().err
-    assert not list(Path().rglob("*.tmp"))
+    assert not list(Path().rglob("*.half-written"))
     assert lander.main(arguments(world, "--resume")) == 0
     assert contents(tmp_path / "whole") == contents(tmp_path / "parts")
 
@@ -1043,10 +1043,13 @@ def test_left_over_temporary_files_are_swept(world, tmp_path, monkeypatch):
     """6 GB each at 7b1, for ever, under two kinds of names."""
     monkeypatch.chdir(tmp_path)
     end_before_tuned(monkeypatch, arguments(world))
-    for name in ("state.safetensors.tmp", ".tmpA1b2C3", "hypotheses/qaa-qab.after.txt.tmp"):
+    left_over = "state.safetensors.half-written", ".tmpA1b2C3", "hypotheses/x.txt.half-written"
+    for name in left_over:
         Path("run", name).write_text("half")
+    Path("run", "mine.tmp").write_text("not ours to delete")
     assert lander.main(arguments(world, "--resume")) == 0
-    assert not [path for path in Path("run").rglob("*") if ".tmp" in path.name]
+    assert not any(Path("run", name).exists() for name in left_over)
+    assert Path("run", "mine.tmp").exists()
 
 
 def test_a_folder_in_use_is_refused_at_once(world, tmp_path, monkeypatch, capsys):

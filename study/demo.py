@@ -18,7 +18,7 @@ import torch
 
 import lander
 from data import InputError, LANGUAGES, load_tokenizer, make_batches, prompt_text, render
-from data import split_pair, write_lines
+from data import locked, split_pair, write_lines
 from model import Config, Decoder, save_model
 
 
@@ -241,12 +241,13 @@ def demo(given):
         if not set(split_pair(pair)) <= set(TOY_LANGUAGES):
             known = f"the demo knows {', '.join(TOY_LANGUAGES)}"
             raise InputError(f"{known}, not {pair}, which takes --weights and --data")
-    if "out" not in given and not settings.resume:
-        shutil.rmtree(folder / "run", ignore_errors=True)  # the last demo's
-    lander.check_run_folder(folder / "run", settings)
-    if not (settings.resume and (folder / "weights" / "model.safetensors").exists()):
-        build(folder)
-    results = lander.run(settings)
+    with locked(folder):
+        if "out" not in given and not settings.resume:
+            shutil.rmtree(folder / "run", ignore_errors=True)  # the last demo's
+        lander.check_run_folder(folder / "run", settings)
+        if not (settings.resume and (folder / "weights" / "model.safetensors").exists()):
+            build(folder)
+        results = lander.run(settings)
     lander.say()
     lander.say(
         f"What this shows: tuned on full sentences, {' and '.join(tuned)} learned the endings that "
