@@ -46,7 +46,9 @@ def exit_status(command, *arguments):
         command(*arguments)
         return 0
     except (InputError, OSError, SafetensorError) as error:  # OSError: a full disk, no permission
-        print(f"error: {error}", file=sys.stderr)
+        # A line break in a file's name, or of the rarer kinds in what was found, stays in one line.
+        shown = [c if c.isprintable() else ascii(c)[1:-1] for c in str(error)]
+        print(f"error: {''.join(shown)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -76,8 +78,12 @@ def parse_json(text, shape, where):
     """JSON text, str or bytes -> its value, of that shape. InputError begins with `where`."""
     try:
         value = json.loads(text, parse_constant=refuse_constant)
+        if b"\\ud" in (text if isinstance(text, bytes) else text.encode()).lower():
+            json.dumps(value, ensure_ascii=False).encode()  # fails for half of a surrogate pair
     except RecursionError:
         raise InputError(f"{where}: not JSON (nested too deeply)") from None
+    except UnicodeEncodeError:
+        raise InputError(f"{where}: has half a character, a lone surrogate") from None
     except ValueError as error:
         raise InputError(f"{where}: not JSON ({error})") from None
     check_shape(value, shape, where)
@@ -431,6 +437,7 @@ class SentencePieceTokenizer:
     def __init__(self, path):
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            self.model.id_to_piece(list(range(self.model.get_piece_size())))  # are all UTF-8?
         except (OSError, RuntimeError, ValueError) as error:
             raise InputError(f"{path}: not a sentencepiece model ({error})") from None
         self.vocab_size = self.model.get_piece_size()
@@ -593,12 +600,7 @@ def read_translations(path, source, target):
             check_shape(item, {"translation": {source: str, target: str}}, where)
         except InputError:
             raise InputError(f'{where} has no "translation" with {source} and {target}') from None
-        pair = item["translation"][source], item["translation"][target]
-        try:
-            "".join(pair).encode()
-        except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
-            raise InputError(f"{where} has half a character, a lone surrogate") from None
-        pairs.append(pair)
+        pairs.append((item["translation"][source], item["translation"][target]))
     return pairs
 
 

@@ -735,7 +735,7 @@ def load_state(path, parameters, optimizer, total):
     step = tensors.pop("step", torch.tensor(-1))
     if step.shape != () or not 0 < step <= total:
         raise InputError(f"{path}: is not of a step from 1 to {total}")
-    expected = {name: parameter for name, parameter in parameters.items()}
+    expected = dict(parameters)
     for name, parameter in parameters.items():
         if any(found.startswith(f"{name}/") for found in tensors):  # it has learned something yet
             expected[f"{name}/step"] = torch.tensor(0.0)
@@ -767,7 +767,7 @@ def load_parameters(path, tensors, parameters):
             parameter.copy_(tensors[name])
 
 
-def train(model, tokenizer, learners, examples, valid, settings, folder):
+def train(model, tokenizer, learners, examples, valid, settings, folder, weight_decay=WEIGHT_DECAY):
     """Train to the end, from the last saved state if there is one, and write tuned.safetensors.
 
     learners: pair -> {name: Parameter}, as what_learns; examples, valid: pair -> list of rendered
@@ -776,9 +776,7 @@ def train(model, tokenizer, learners, examples, valid, settings, folder):
     """
     log_path, state_path = folder / "log.jsonl", folder / "state.safetensors"
     parameters, total = merged(learners), count_steps(examples, settings)
-    optimizer = torch.optim.AdamW(
-        parameters.values(), lr=settings.lr, weight_decay=WEIGHT_DECAY, fused=True
-    )
+    optimizer = torch.optim.AdamW(parameters.values(), weight_decay=weight_decay, fused=True)
     start = 0
     if state_path.exists():
         start = load_state(state_path, parameters, optimizer, total)
@@ -948,9 +946,7 @@ def read_inputs(tokenizer, tuned, settings):
             inputs.valid[pair] = render_examples(tokenizer, pair, own, settings, "validation")
     compared = choose_pairs(settings.score_pairs, settings.data, "train")
     for pair in tuned + [pair for pair in compared if pair not in tuned]:
-        if pair not in text:
-            text[pair] = read_text(settings, "train", pair, inputs.files)
-        own = text[pair]
+        own = text.get(pair) or read_text(settings, "train", pair, inputs.files)
         size = min(settings.score_sentences, len(own))
         sample = random.Random(settings.seed).sample(own, size)
         inputs.scoring[pair] = render_examples(tokenizer, pair, sample, settings, "scoring")
@@ -1060,10 +1056,8 @@ def show_validation(log_path):
 
 def show_table(results, tuned):
     """Scores before and after, pair by pair, with the means of the tuned pairs and of the others."""
-    names = (
-        f"{'BLEU before':>12}{'after':>8}{'change':>8}{'chrF before':>14}{'after':>8}{'change':>8}"
-    )
-    print(f"\n{'pair':<13}{names}")
+    say()
+    print("pair          BLEU before   after  change   chrF before   after  change")
 
     def show(label, pairs, note=""):
         row = f"{label:<13}"
@@ -1108,6 +1102,7 @@ def tune(settings, folder):
     model = load_model(settings.weights, device, dtype).requires_grad_(False)
     weights = Path(settings.weights)
     files = [weights / "config.json", tokenizer_file(weights), *checkpoint_files(weights)]
+    files += weights.glob("model.safetensors.index.json")
     record_args(folder, settings, [*files, *inputs.files])
     size = sum(p.numel() for p in model.parameters())
     say(f"{settings.weights}: {config.family}, {config.layers} layers, {size:,} parameters")
@@ -1207,9 +1202,8 @@ def translate(settings):
     for first in range(0, len(sources), LINES_AT_A_TIME):
         some, done, shown = sources[first : first + LINES_AT_A_TIME], {}, 0
         label = f"translating from line {first + 1} of {len(sources)}"
-        for number, line, was_cut in translate_lines(
-            model, tokenizer, settings.pair, some, settings, label
-        ):
+        lines = translate_lines(model, tokenizer, settings.pair, some, settings, label)
+        for number, line, was_cut in lines:
             done[number] = line
             cut += was_cut
             while shown in done:

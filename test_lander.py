@@ -5,7 +5,7 @@ they are installed (study/requirements.txt); a few tests use real checkpoints an
 in ../shared, and skip elsewhere.
 
 In this file, in the order of the method: tiny models; the method in one column; layers and neurons;
-parts, groups and routing; training; runs and the command line; then what it stands on: the decoder
+parts, groups and routing; training; runs and the command line; the method's rivals; then what it stands on: the decoder
 against independent implementations; padding and generation; checkpoints; tokenizers; parallel text,
 prompts, batches; worked examples; real input.
 """
@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -34,7 +35,7 @@ import lander
 import model
 from data import InputError, list_pairs, load_tokenizer, make_batches, read_parallel, render
 from model import Config, Decoder, Family, load_model, save_model
-from study import demo, fuzz
+from study import compare, demo, fuzz
 
 SHARED = Path(__file__).resolve().parent.parent / "shared"
 
@@ -1199,6 +1200,21 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(world, tmp_path, monke
     assert "tokenizer.json has 5001 tokens" in capsys.readouterr().err
 
 
+def test_results_of_another_run_are_not_gone_on_with(world, tmp_path, monkeypatch, capsys):
+    """A pair that is not evaluated, or scores of neither before nor after: a KeyError at the very end."""
+    monkeypatch.chdir(tmp_path)
+    end_before_tuned(monkeypatch, arguments(world))
+    results = json.loads(Path("run/results.json").read_text())
+    for wrong in (
+        {"qab-qaa": results["qaa-qab"]},
+        {"qaa-qab": {"x": results["qaa-qab"]["before"]}},
+    ):
+        Path("run/results.json").write_text(json.dumps(wrong))
+        capsys.readouterr()
+        assert lander.main(arguments(world, "--resume")) == 2
+        assert "results.json: " in capsys.readouterr().err
+
+
 def test_output_is_utf_8_whatever_the_locale(world, tmp_path):
     """UnicodeEncodeError at the first umlaut."""
     words = arguments(world, "--out", "rün", "--steps", "1")
@@ -1290,6 +1306,164 @@ def test_a_run_folder_belongs_to_one_run(world, tmp_path, monkeypatch, capsys):
         capsys.readouterr()
         assert lander.main(["--translate", "/dev/null", "--tuned", "run", "--pair", "qaa-qab"]) == 2
         assert culprit in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------
+# Rivals of the method (study/compare.py)
+
+
+def small_context(decoder):
+    """What compare.py's methods need, for a tiny decoder: random scores, two selected layers."""
+    L, F = decoder.config.layers, decoder.config.ffn_size
+    awareness = torch.rand(3, L, F, generator=torch.Generator().manual_seed(0))
+    inputs = lander.Inputs({}, {}, dict.fromkeys(PAIRS, []), {}, {})
+    settings = lander.Settings(epsilon=0.7)
+    return compare.Context(settings, Letters, inputs, ["en-de"], {"en-de": [1, 2]}, awareness)
+
+
+TRAINED_BY = {
+    "lander": r"blocks\.[12]\.ffn\.(general\.|specific\.en-de\.|router\.en-de)",
+    "no-car": r"blocks\.[12]\.ffn\.(general\.|specific\.en-de\.)",
+    "specific-only": r"blocks\.[12]\.ffn\.specific\.en-de\.",
+    "general-only": r"blocks\.[12]\.ffn\.general\.",
+    "random-layers": r"blocks\.\d\.ffn\.(general\.|specific\.en-de\.|router\.en-de)",
+    "random-scores": r"blocks\.[12]\.ffn\.(general\.|specific\.en-de\.|router\.en-de)",
+    "neurons-random": r"blocks\.\d\.ffn\.specific\.en-de\.",
+    "neurons-aware": r"blocks\.\d\.ffn\.specific\.en-de\.",
+    "neurons-relative": r"blocks\.\d\.ffn\.specific\.en-de\.",
+    "neurons-least": r"blocks\.\d\.ffn\.specific\.en-de\.",
+    "full": r".*",
+    "layers": r"blocks\.[12]\.ffn\.",
+    "ffn": r"blocks\.\d\.ffn\.",
+    "attention": r"blocks\.\d\.attention\.",
+    "lora-attention": r"blocks\.\d\.attention\..*\.lora_[ab]",
+    "lora-all": r"blocks\.\d\..*\.lora_[ab]",
+    "adapters": r"blocks\.\d\.adapter\.",
+    "adapter-lora": r"blocks\.\d\.(adapter\.|attention\..*\.lora_[ab])",
+}
+
+
+@pytest.mark.parametrize("name", TRAINED_BY)
+def test_each_rival_starts_at_the_base_model_and_trains_what_it_says(name):
+    """A baseline that trains more or less than its name says, or does not start where the others start."""
+    decoder = tiny_decoder("bloom", layers=4)
+    ids, mask = padded_ids(90, "right")
+    expected = decoder(ids, mask)
+    torch.manual_seed(0)
+    learners = compare.METHODS[name](decoder, small_context(decoder))
+    lander.route(decoder, "en-de")
+    start = decoder(ids, mask)
+    if name in (
+        "full",
+        "layers",
+        "ffn",
+        "attention",
+        "lora-attention",
+        "lora-all",
+        "adapters",
+        "adapter-lora",
+    ):
+        assert torch.equal(start[mask], expected[mask])
+    else:
+        assert_close(start, expected, mask)
+    before = {n: p.detach().clone() for n, p in decoder.named_parameters()}
+    optimizer = torch.optim.AdamW(learners["en-de"].values(), lr=1e-2, weight_decay=0.1)
+    for seed in range(3):
+        step(decoder, "en-de", batched(random_examples(6, seed=seed)), learners, optimizer)
+    moved = {n for n, p in decoder.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == set(learners["en-de"]) and moved
+    assert moved == {n for n in before if re.match(TRAINED_BY[name], n)}
+
+
+def test_equal_numbers_of_neurons():
+    """A choice by awareness that trains more weights than the choice by chance that it is held against."""
+    sizes = set()
+    for name in ("neurons-random", "neurons-aware", "neurons-relative", "neurons-least"):
+        decoder = tiny_decoder("bloom", layers=4)
+        learners = compare.METHODS[name](decoder, small_context(decoder))
+        sizes.add(sum(p.numel() for p in learners["en-de"].values()))
+    assert sizes == {round(0.3 * 4 * 128) * (2 * 32 + 1)}
+
+
+def test_lora_equals_pefts():
+    """Another scale, the transposed product, a bias lost."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    linear = model.Linear(12, 20)
+    randomize(linear)
+    ours = compare.LoRA(linear, rank=4, alpha=8)
+    plain = torch.nn.Linear(12, 20)
+    plain.load_state_dict(linear.state_dict())
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["0"])
+    theirs = peft.get_peft_model(torch.nn.Sequential(plain), config).base_model.model[0]
+    with torch.no_grad():
+        ours.lora_b.normal_()
+        theirs.lora_A["default"].weight.copy_(ours.lora_a)
+        theirs.lora_B["default"].weight.copy_(ours.lora_b)
+    x = torch.randn(3, 5, 12)
+    assert_close(ours(x), theirs(x))
+    ours(x).square().sum().backward()
+    theirs(x).square().sum().backward()
+    assert_close(ours.lora_a.grad, theirs.lora_A["default"].weight.grad)
+    assert_close(ours.lora_b.grad, theirs.lora_B["default"].weight.grad)
+    assert ours.lora_a.abs().max() <= 12**-0.5
+
+
+def test_decay_draws_to_the_start():
+    """L2 to zero under another name: the start itself must not decay, and the function must be the same."""
+    decoder = tiny_decoder("bloom", layers=4)
+    ids, mask = padded_ids(90, "right")
+    expected = decoder(ids, mask)
+    learners = compare.all_attention(decoder, small_context(decoder))
+    start = {name: p.detach().clone() for name, p in learners["en-de"].items()}
+    learners = compare.draw_to_start(decoder, learners)
+    assert torch.equal(decoder(ids, mask)[mask], expected[mask])
+    changes = learners["en-de"]
+    assert set(changes) == set(start) and not any(p.any() for p in changes.values())
+    optimizer = torch.optim.AdamW(changes.values(), lr=0.01, weight_decay=10.0)
+    for p in changes.values():
+        p.data.fill_(1.0)
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for name, change in changes.items():
+        assert torch.allclose(change, torch.tensor(0.9))
+        place, _, kind = name.rpartition(".")
+        assert torch.equal(getattr(decoder.get_submodule(place), kind), start[name] + change)
+
+
+def test_a_grid_of_two_methods(world, tmp_path, monkeypatch, capsys):
+    """Cells that are run twice; an interpolation whose ends are not the start and the end."""
+    monkeypatch.chdir(tmp_path)
+    words = [word for word in arguments(world, "--steps", "3", "--eval-pairs", "qaa-qab,qab-qaa")]
+    words += ["--out", "grid", "--rates", "0.01", "--seeds", "0,1", "--methods"]
+    methods = "lora-all,lora-all@0,lora-all@1,lander+replay,attention+l2,zero-shot"
+    assert compare.main([*words, methods]) == 0, capsys.readouterr().err
+    lines = [json.loads(line) for line in Path("grid/results.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 * 5 + 1
+    cells = {(line["method"], line["seed"]): line for line in lines}
+    for seed in (0, 1):
+        assert cells["lora-all@0", seed]["after"] == cells["lora-all@0", seed]["before"]
+        assert cells["lora-all@1", seed]["after"] == cells["lora-all", seed]["after"]
+        text = [
+            Path(f"grid/cells/{name} 0.01 {seed}/qaa-qab.txt").read_text()
+            for name in ("lora-all", "lora-all@1")
+        ]
+        assert text[0] == text[1]
+    assert cells["zero-shot", 0]["after"] == cells["zero-shot", 0]["before"]
+    first = cells["lander+replay", 0]
+    assert (
+        first["pairs"] == ["qaa-qab"]
+        and first["trained"] > 0
+        and set(first["after"]) == {"qaa-qab", "qab-qaa"}
+    )
+    before = Path("grid/results.jsonl").read_text()
+    assert compare.main([*words, methods]) == 0
+    assert Path("grid/results.jsonl").read_text() == before
+    capsys.readouterr()
+    assert compare.main(["--table", "grid"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 6
+    assert compare.main([*words, "lora-al"]) == 2
+    assert "'lora-al'" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1814,6 +1988,28 @@ def test_every_wrong_tensor_is_listed_in_one_error(tmp_path):
     assert "lm_head" not in text
 
 
+def test_an_error_is_one_line_for_every_tool(capsys):
+    """A tensor's name with a rare line break in it splits the message; an escape sequence moves the cursor."""
+
+    def fail():
+        raise InputError("h.\u2028mlp \x1b[2J \x1c ü\n.")
+
+    assert data.exit_status(fail) == 2
+    assert capsys.readouterr().err == "error: h.\\u2028mlp \\x1b[2J \\x1c ü\\n.\n"
+
+
+def test_half_a_character_in_json_is_refused(tmp_path):
+    """A lone surrogate passes json and fails where it is written, or opened as a file."""
+    save_model(tiny_decoder("bloom"), tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    index = '{"weight_map": {"ln_f.weight": "\\uD800.safetensors"}}'
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(InputError) as error:
+        load_model(tmp_path)
+    assert "index.json: has half a character" in message(error)
+    assert data.parse_json('{"a": "\\ud83d\\ude00"}', {"a": str}, "x") == {"a": "😀"}
+
+
 @pytest.mark.parametrize("shard", ["../elsewhere.safetensors", "/etc/passwd", "", 7])
 def test_a_shard_outside_its_folder_is_refused(tmp_path, shard):
     save_model(tiny_decoder("bloom"), tmp_path)
@@ -2167,6 +2363,17 @@ def test_sentencepiece_follows_the_files_flags(baichuan_tokenizer):
         assert isinstance(ids, list) and not {1, 2} & set(ids)
         if "\x00" not in text:
             assert ours.decode(ids) == text
+
+
+def test_a_piece_that_is_not_utf_8_is_refused(baichuan_tokenizer, tmp_path):
+    """sentencepiece loads it, and fails when it comes to say it."""
+    raw = (baichuan_tokenizer / "tokenizer.model").read_bytes()
+    assert raw.count(b"\xe2\x96\x81the") == 1
+    for damaged in (raw.replace(b"\xe2\x96\x81the", b"\xe2\x96\xffthe"), b"\x96" + raw):
+        (tmp_path / "tokenizer.model").write_bytes(damaged)
+        with pytest.raises(InputError) as error:
+            load_tokenizer(tmp_path)
+        assert "tokenizer.model: not a sentencepiece model" in message(error)
 
 
 def test_a_folder_without_a_readable_tokenizer_is_named(tmp_path):
