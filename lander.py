@@ -1193,9 +1193,10 @@ def translate(settings):
     groups = read_groups(folder / "neurons.json", config)
     model = load_model(weights, device, dtype)
     install_routing(model, groups, not args["no_routing"])
-    learners = {pair: what_learns(model, pair) for pair in args["pair"].split(",")}
+    tuned = set().union(*(group["share"] for group in groups.values()))
+    learners = {pair: what_learns(model, pair) for pair in tuned}
     load_parameters(tuned_path, read_tensors(tuned_path), merged(learners))
-    if settings.pair not in learners:
+    if settings.pair not in tuned:
         found = f"{settings.pair} was not tuned in {folder} ({args['pair']})"
         print(f"{found}: general neurons, no routing", file=sys.stderr)
     cut = 0

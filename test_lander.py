@@ -725,6 +725,29 @@ def test_a_run_end_to_end(world, tmp_path, monkeypatch, capsys):
     assert list(results) == pairs and set(results["qaa-qab"]) == {"before", "after"}
 
 
+def test_output_fits_into_80_columns(world, tmp_path, monkeypatch, capsys):
+    """A line of layers of 250 columns; results that are shown twice. With all twelve pairs tuned."""
+    monkeypatch.chdir(tmp_path)
+    words = [
+        "--steps",
+        "12",
+        "--eval-pairs",
+        "all",
+        "--score-pairs",
+        "all",
+        "--eval-sentences",
+        "1",
+    ]
+    assert lander.main(arguments(world, *words, pair="all")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80 and len(lines) < 60
+    assert len([line for line in lines if line.endswith("  tuned")]) == 12
+    (losses,) = [i for i, line in enumerate(lines) if "loss of a validation token" in line]
+    assert " to " in lines[losses]
+    assert len([line for line in lines if line.startswith(("mean, tuned", "mean, others"))]) == 1
+    assert lander.main(["--translate", "/dev/null", "--tuned", "run", "--pair", "qab-qac"]) == 0
+
+
 def test_a_run_on_baichuan(world, baichuan_tokenizer, tmp_path, monkeypatch):
     """A step that knows only BLOOM: no gate, no biases, tokenizer.json."""
     monkeypatch.chdir(tmp_path)

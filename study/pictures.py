@@ -63,7 +63,7 @@ def draw_ffn(path):
 
 def draw_variance(axes, run, args, pairs):
     """Which neurons are specific: those right of the cut, however the pairs share them."""
-    groups = read_json(run / "neurons.json")
+    groups = read_json(run / "neurons.json", {})
     awareness = read_tensors(run / "awareness.safetensors")
     scaled = lander.scale_awareness(torch.stack([awareness[pair] for pair in pairs]))  # [P, K, F]
     variance = scaled[:, -1].var(0, correction=0)  # [F]
@@ -106,11 +106,11 @@ def draw_changes(axes, results, tuned):
 
 
 def draw_run(run, path):
-    args, results = read_json(run / "args.json"), read_json(run / "results.json")
-    layer = next(iter(read_json(run / "neurons.json").values()))
+    args, results = read_json(run / "args.json", {}), read_json(run / "results.json", {})
+    layer = next(iter(read_json(run / "neurons.json", {}).values()))
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2))
     draw_variance(left, run, args, list(layer["specific"]))
-    draw_changes(right, results, args["pair"].split(","))
+    draw_changes(right, results, tuned=read_json(run / "layers.json", {}))
     figure.tight_layout()
     save(figure, path)
 
