@@ -15,7 +15,7 @@ pair's own, and for each token learn how much to lean on either. Nothing else mo
 
                                  x  [B, T, D]
            +---------------------+----------------------+
-     CAR / share                 |            (1 - CAR) / (1 - share)       per token, 1 at the start
+     CAR / share                 |            (1 - CAR) / (1 - share)      per token; 1 at the start
            |                     |                      |
     FFN_G: general        FFN_rest: other        FFN_S: the pair's own
     neurons, trained      pairs', frozen         neurons, trained
@@ -48,14 +48,14 @@ The method in one column, on a model, batches of prompts, and batches of example
 Where this differs from the paper, and why (README.md says more):
   - Scores of a pair are scaled to mean 1 before variances are taken: otherwise the pair with the
     largest loss owns all neurons.
-  - CAR is our reading: a learned w_p per layer and pair starts at zero, and both factors are divided
-    by what they are then, so that training starts at exactly the pretrained function.
+  - CAR is our reading: a learned w_p per layer and pair starts at zero, and both factors are
+    divided by what they are then, so that training starts at exactly the pretrained function.
   - Neurons that other pairs own stay active and frozen: without them the FFN is another function.
   - Warm-up and linear decay, weight decay 0.01, gradients clipped to norm 1: the paper is silent.
 
-Letters: B sentences, T tokens, D hidden size, F neurons of one FFN, V vocabulary, L layers, P pairs,
-K scored layers (those that any tuned pair selected), k layers that a pair selects, h what the down
-projection reads: the neurons' activations.
+Letters: B sentences, T tokens, D hidden size, F neurons of one FFN, V vocabulary, L layers,
+P pairs, K scored layers (those that any tuned pair selected), k layers that a pair selects, h what
+the down projection reads: the neurons' activations.
 
 In this file: layers; neurons; groups; routing; training; evaluation; then what a run needs besides:
 settings, progress, saved state, the run itself, the command line.
@@ -290,7 +290,7 @@ def describe_groups(awareness, owner, pairs, selected):
 class RoutedFFN(nn.Module):
     """An FFN regrouped into parts that add up to it, with routing between two of them (eq. 7).
 
-        CAR(x) = sigmoid(w_p . x + logit(share))          a number for each token, `share` at the start
+        CAR(x) = sigmoid(w_p . x + logit(share))         a number for each token; share at the start
         y = FFN_G(CAR(x) / share * x) + FFN_S((1 - CAR(x)) / (1 - share) * x) + FFN_rest(x) + b_down
 
     ffn: the FFN whose place it takes. specific: pair -> the neurons that it owns. share: pair ->

@@ -359,21 +359,15 @@ class Attention(nn.Module):
             query, key = apply_rotary(query, *angles), apply_rotary(key, *angles)
         if cache is not None:
             key, value = cache.append(layer, key, value)
-        mixed = functional.scaled_dot_product_attention(
-            query, key, value, bias, is_causal=bias is None and T > 1
-        )
+        causal = bias is None and T > 1
+        mixed = functional.scaled_dot_product_attention(query, key, value, bias, is_causal=causal)
         return self.output(mixed.transpose(1, 2).reshape(B, T, D))
 
 
 # The weights of a neuron, and which dimension of each counts the neurons: neuron i is row i of gate
 # and up with their biases, and column i of down. down.bias belongs to no neuron.
-NEURON_DIMENSION = {
-    "gate.weight": 0,
-    "gate.bias": 0,
-    "up.weight": 0,
-    "up.bias": 0,
-    "down.weight": 1,
-}
+NEURON_DIMENSION = {"gate.weight": 0, "gate.bias": 0, "up.weight": 0, "up.bias": 0}
+NEURON_DIMENSION |= {"down.weight": 1}
 
 
 class FFN(nn.Module):
@@ -431,9 +425,8 @@ class Block(nn.Module):
     def forward(self, x, bias=None, angles=None, cache=None, layer=None):
         """[B, T, D] -> [B, T, D]"""
         normed = self.attention_norm(x)
-        x = (normed if self.residual_after_norm else x) + self.attention(
-            normed, bias, angles, cache, layer
-        )
+        attended = self.attention(normed, bias, angles, cache, layer)
+        x = (normed if self.residual_after_norm else x) + attended
         normed = self.ffn_norm(x)
         return (normed if self.residual_after_norm else x) + self.ffn(normed)
 
@@ -448,9 +441,7 @@ class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.checkpointing = (
-            False  # recompute each block in the backward pass, keep its input alone
-        )
+        self.checkpointing = False  # recompute blocks in the backward pass, keep inputs alone
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embedding_norm = make_norm(config) if config.embedding_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
