@@ -252,5 +252,6 @@ def demo(given):
     lander.say(
         f"What this shows: tuned on full sentences, {' and '.join(tuned)} learned the endings that "
         f"the checkpoint left out. What the {len(results) - len(tuned)} other pairs lost or gained "
-        "came through the general neurons, which they share."
+        "came through the general neurons, which they share. Figures differ from processor to "
+        "processor; this picture does not."
     )

@@ -67,12 +67,14 @@ def draw_variance(axes, run, args, pairs):
     awareness = read_tensors(run / "awareness.safetensors")
     scaled = lander.scale_awareness(torch.stack([awareness[pair] for pair in pairs]))  # [P, K, F]
     variance = scaled[:, -1].var(0, correction=0)  # [F]
-    ranks = torch.arange(len(variance))
     specific = round((1 - args["epsilon"]) * len(variance))
-    colors = [GENERAL] * (len(variance) - specific) + [SPECIFIC] * specific
-    axes.bar(ranks, variance.sort().values, width=1.0, color=colors)
+    cut = len(variance) - specific
+    values = variance.sort().values.numpy()
+    for part, color in ((range(cut), GENERAL), (range(cut, len(values)), SPECIFIC)):
+        axes.stairs(
+            values[part], [*part, part.stop], fill=True, color=color, baseline=values[0] / 2
+        )
     axes.set_yscale("log")
-    cut = len(variance) - specific - 0.5
     axes.axvline(cut, color="black", linewidth=1)
     axes.text(cut - 2, variance.max(), f"epsilon = {args['epsilon']}", ha="right", va="top")
     axes.set(xlabel="neurons, sorted", ylabel="variance over pairs of scaled awareness")
