@@ -1483,8 +1483,15 @@ def test_a_grid_of_two_methods(world, tmp_path, monkeypatch, capsys):
     assert compare.main([*words, methods]) == 0
     assert Path("grid/results.jsonl").read_text() == before
     capsys.readouterr()
-    assert compare.main(["--table", "grid"]) == 0
+    cells = compare.read_cells(Path("grid"))
+    compare.show_table(cells)
     assert len(capsys.readouterr().out.splitlines()) == 1 + 6
+    change = compare.gains(first)
+    assert change["tuned"] == first["after"]["qaa-qab"]["bleu"] - first["before"]["qaa-qab"]["bleu"]
+    assert (
+        change["others"] == change["other target"]
+        and change["same target"] != change["same target"]
+    )
     assert compare.main([*words, "lora-al"]) == 2
     assert "'lora-al'" in capsys.readouterr().err
 

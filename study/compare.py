@@ -2,7 +2,7 @@
 
     python study/compare.py --weights W --data D --pair en-de --methods lander,layers,lora-all \\
         --rates 1e-3,3e-3 --seeds 0,1,2 --out DIR        # and any option of lander.py
-    python study/compare.py --table DIR                  # of what was measured, without running
+    python study/compare.py --plot DIR                   # what was measured, without running
 
 One cell is a method at a learning rate with a seed: a line in DIR/results.jsonl. Cells that are
 there are passed over, so that a grid can be stopped, go on, and be split over machines.
@@ -32,7 +32,7 @@ from torch.nn.utils import parametrize
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lander
 from data import InputError, exit_status, locked, read_json, read_lines, read_tensors, render
-from data import write_json
+from data import split_pair, write_json
 from model import Linear, load_model
 
 
@@ -509,8 +509,9 @@ def run_grid(settings, methods, rates, seeds):
                     line = run_cell(context, out, name, rate, seed)
                     with open(path, "a", encoding="utf-8") as file:
                         print(json.dumps(line), file=file)
-                    change = [f"{gain:+.2f}" for gain in gains(line)]
-                    lander.say(f"{name} {rate:g} {seed}: tuned {change[0]}, others {change[1]}")
+                    change = gains(line)
+                    gained = f"tuned {change['tuned']:+.2f}, others {change['others']:+.2f}"
+                    lander.say(f"{name} {rate:g} {seed}: {gained}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -518,28 +519,75 @@ def run_grid(settings, methods, rates, seeds):
 
 
 def gains(line):
-    """The mean change of BLEU of the tuned pairs, and of the others."""
-    change = {p: line["after"][p]["bleu"] - line["before"][p]["bleu"] for p in line["after"]}
-    tuned = [change[pair] for pair in change if pair in line["pairs"]]
-    others = [change[pair] for pair in change if pair not in line["pairs"]]
-    return sum(tuned) / max(1, len(tuned)), sum(others) / max(1, len(others))
+    """Mean change of BLEU: of the tuned pairs, of all others, and of those into the same language
+    as a tuned pair and those into another. NaN for none."""
+    into = {split_pair(pair)[1] for pair in line["pairs"]}
+    kinds = {"tuned": [], "others": [], "same target": [], "other target": []}
+    for pair, after in line["after"].items():
+        change = after["bleu"] - line["before"][pair]["bleu"]
+        if pair in line["pairs"]:
+            kinds["tuned"].append(change)
+        else:
+            kinds["others"].append(change)
+            same = split_pair(pair)[1] in into
+            kinds["same target" if same else "other target"].append(change)
+    return {kind: sum(own) / len(own) if own else math.nan for kind, own in kinds.items()}
 
 
-def show_table(out):
-    """Mean change over seeds, and its range, of every method at every rate."""
+def read_cells(out):
+    """results.jsonl -> (method, rate) -> its lines, a seed each"""
     cells = {}
     for text in read_lines(out / "results.jsonl"):
         line = json.loads(text)
         cells.setdefault((line["method"], line["rate"]), []).append(line)
-    print(
-        f"{'method':<20}{'rate':>8}{'seeds':>6}{'weights':>10}{'tuned':>8}{'range':>14}{'others':>8}{'range':>14}"
-    )
-    for (name, rate), lines in sorted(cells.items()):
-        row = f"{name:<20}{rate:>8g}{len(lines):>6}{lines[0]['trained']:>10,}"
-        for values in zip(*map(gains, lines)):
-            spread = f"{min(values):+.2f} {max(values):+.2f}"
-            row += f"{sum(values) / len(values):>+8.2f}{spread:>14}"
+    return dict(sorted(cells.items()))
+
+
+def show_table(cells):
+    """Mean change over seeds, with the lowest and the highest, of every method at every rate."""
+    print(f"{'method':<17}{'rate':>7}{'seeds':>6}{'weights':>9}", end="")
+    print(f"{'tuned':>7}{'from':>7}{'to':>7}{'others':>8}{'from':>6}{'to':>6}")
+    for (name, rate), lines in cells.items():
+        tuned = [gains(line)["tuned"] for line in lines]
+        others = [gains(line)["others"] for line in lines]
+        row = f"{name:<17}{rate:>7g}{len(lines):>6}{lines[0]['trained']:>9,}"
+        row += f"{sum(tuned) / len(lines):>+7.1f}{min(tuned):>+7.1f}{max(tuned):>+7.1f}"
+        row += f"{sum(others) / len(lines):>+8.1f}{min(others):>+6.1f}{max(others):>+6.1f}"
         print(row)
+
+
+def draw_front(cells, path):
+    """What was gained against what was forgotten: a line a method over rates, a dot a seed."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "lander", "font.size": 9})
+    figure, panels = plt.subplots(1, 2, figsize=(12, 6), sharey=True)
+    methods = list(dict.fromkeys(name for name, _ in cells))
+    for axes, kind in zip(panels, ("same target", "other target")):
+        for number, method in enumerate(methods):
+            style = {"color": plt.cm.tab20(number % 20), "marker": "osD^vP*X<>"[number % 10]}
+            means = []
+            for (name, _), lines in cells.items():
+                if name != method:
+                    continue
+                points = [(gains(line)[kind], gains(line)["tuned"]) for line in lines]
+                axes.plot(*zip(*points), linestyle="", alpha=0.35, markersize=4, **style)
+                means.append([sum(values) / len(values) for values in zip(*points)])
+            axes.plot(*zip(*means), label=method, **style)
+        axes.set(xlabel=f"mean change of BLEU, other pairs, {kind}", ylabel="change, tuned pairs")
+        axes.set_xlim(left=max(axes.get_xlim()[0], -12))  # what forgets more is off the picture
+        axes.grid(alpha=0.3)
+    panels[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
+
+
+def plot(out):
+    cells = read_cells(out)
+    show_table(cells)
+    draw_front(cells, out / "front.svg")
 
 
 def main(argv=None):
@@ -547,12 +595,12 @@ def main(argv=None):
     parser.add_argument("--methods", default="lander,layers,lora-all")
     parser.add_argument("--rates", default="1e-3")
     parser.add_argument("--seeds", default="0")
-    parser.add_argument("--table", type=Path, help="a folder of results; nothing is run")
+    parser.add_argument("--plot", type=Path, help="a folder of results; nothing is run")
     args, rest = parser.parse_known_args(argv)
 
     def command():
-        if args.table:
-            return show_table(args.table)
+        if args.plot:
+            return plot(args.plot)
         settings = lander.Settings(**lander.parse_arguments(rest))
         if not (settings.out and settings.weights and settings.data):
             raise InputError("--weights, --data and --out name what to compare on, and where to")
