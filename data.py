@@ -54,9 +54,8 @@ def exit_status(command, *arguments):
         print("interrupted", file=sys.stderr)
         return 130
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            error = MemoryError()
-        if not isinstance(error, MemoryError):
+        kinds = MemoryError, torch.OutOfMemoryError
+        if not isinstance(error, kinds) and "can't allocate memory" not in str(error):
             raise
         print("error: out of memory; a smaller --micro-tokens takes less", file=sys.stderr)
         return 2

@@ -485,12 +485,13 @@ def validation_loss(model, tokenizer, examples, settings):
 LEAST_NEW_TOKENS = 64
 
 
-def translate_lines(model, tokenizer, pair, sources, settings, label):
+def translate_lines(model, tokenizer, pair, sources, settings, label, first=0):
     """Translate sentences, those of like length together. Yields (number, line, cut), out of order.
 
     A translation ends at end-of-sentence, at the first line break after its first visible character,
     or at three times its own prompt's length or LEAST_NEW_TOKENS; cut says that it came to that: it
-    is a loop, as a rule. An empty source, or one too long for the model, is an empty line.
+    is a loop, as a rule. An empty source, or one too long for the model, is an empty line; the
+    note on the latter counts lines from `first`.
     """
     route(model, pair)
     numbers, prompts = [], []
@@ -500,7 +501,7 @@ def translate_lines(model, tokenizer, pair, sources, settings, label):
             yield number, "", False
         elif len(prompt) > model.config.max_length:
             found = f"{len(prompt)} tokens, the model was made for {model.config.max_length}"
-            print(f"{pair}: line {number + 1}: {found}; left empty", file=sys.stderr)
+            print(f"{pair}: line {first + number + 1}: {found}; left empty", file=sys.stderr)
             yield number, "", False
         else:
             numbers.append(number)
@@ -1203,7 +1204,7 @@ def translate(settings):
     for first in range(0, len(sources), LINES_AT_A_TIME):
         some, done, shown = sources[first : first + LINES_AT_A_TIME], {}, 0
         label = f"translating from line {first + 1} of {len(sources)}"
-        lines = translate_lines(model, tokenizer, settings.pair, some, settings, label)
+        lines = translate_lines(model, tokenizer, settings.pair, some, settings, label, first)
         for number, line, was_cut in lines:
             done[number] = line
             cut += was_cut

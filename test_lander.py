@@ -643,22 +643,7 @@ def word_tokenizer(lines):
             if word[:end] not in vocabulary:
                 vocabulary[word[:end]] = len(vocabulary)
                 merges.append([word[: end - 1], word[end - 1]])
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    split = {
-        "type": "Split",
-        "pattern": {"Regex": data.BLOOM_SPLIT},
-        "behavior": "Isolated",
-        "invert": False,
-    }
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
-    return {
-        "added_tokens": [{"id": id, "content": token, **flags} for id, token in enumerate(special)],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "post_processor": None,
-        "decoder": {"type": "ByteLevel"},
-        "model": {"type": "BPE", "vocab": vocabulary, "merges": merges},
-    }
+    return fuzz.tokenizer_json(vocabulary, merges)
 
 
 @pytest.fixture(scope="session")
@@ -978,6 +963,9 @@ def test_a_source_too_long_for_the_model_is_an_empty_line_and_a_note(capsys):
     (short, long), _ = translations(decoder, ["a", "b" * 5000])
     assert short and long == ""
     assert "line 2" in capsys.readouterr().err
+    settings = lander.Settings()
+    list(lander.translate_lines(decoder, Bytes, "en-de", ["b" * 5000], settings, "x", first=1000))
+    assert "line 1001" in capsys.readouterr().err, "a later thousand of --translate counts on"
 
 
 def end_before_tuned(monkeypatch, words):

@@ -29,7 +29,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lander
-from data import load_tokenizer
+from data import BLOOM_SPLIT, byte_characters, load_tokenizer, write_tensors
 from model import Config, Decoder, save_model
 from study import demo
 
@@ -46,22 +46,26 @@ CONFIGS = {
 # A world to break
 
 
-def byte_tokenizer():
-    """A tokenizer.json of BLOOM's pipeline with two merges."""
-    from data import BLOOM_SPLIT, byte_characters
-
-    tokens = ["<unk>", "<s>", "</s>", "<pad>", *byte_characters().values(), "an", "Ġan"]
+def tokenizer_json(vocabulary, merges):
+    """Contents of a tokenizer.json of BLOOM's pipeline. Its first four tokens are the special ones."""
     split = {"type": "Split", "pattern": {"Regex": BLOOM_SPLIT}}
     split |= {"behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
-    vocabulary = {token: id for id, token in enumerate(tokens)}
+    special = list(vocabulary)[:4]
     return {
-        "added_tokens": [{"id": id, "content": token} for id, token in enumerate(tokens[:4])],
+        "added_tokens": [{"id": id, "content": token} for id, token in enumerate(special)],
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
         "decoder": {"type": "ByteLevel"},
-        "model": {"type": "BPE", "vocab": vocabulary, "merges": [["a", "n"], ["Ġ", "an"]]},
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": merges},
     }
+
+
+def byte_tokenizer():
+    """A tokenizer.json of all bytes and two merges."""
+    tokens = ["<unk>", "<s>", "</s>", "<pad>", *byte_characters().values(), "an", "Ġan"]
+    vocabulary = {token: id for id, token in enumerate(tokens)}
+    return tokenizer_json(vocabulary, merges=[["a", "n"], ["Ġ", "an"]])
 
 
 def build(folder):
@@ -109,8 +113,6 @@ def interrupt_at_the_end(path, tensors):
     """Leaves a run whose training was saved but is not done."""
     if path.name == "tuned.safetensors":
         raise KeyboardInterrupt
-    from data import write_tensors
-
     write_tensors(path, tensors)
 
 
