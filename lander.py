@@ -162,18 +162,21 @@ def target_loss(model, batch):
 
 
 @contextmanager
-def recording(model, layers):
-    """While open, h[layer] is what that layer's neurons did in the last forward pass, [B, T, F]."""
+def recording(model, layers, reader="ffn.down"):
+    """While open, h[layer] is what the layer's `reader` read in the last forward pass, [B, T, F].
+
+    ffn.down reads the neurons' activations, attention.output the values that attention mixed.
+    """
     h = {}
 
-    def record(layer, down, inputs):
+    def record(layer, module, inputs):
         # With every weight frozen no graph leads to the lowest recorded h: it starts here.
         h[layer] = inputs[0].requires_grad_()
 
     handles = []
     for layer in layers:
-        down = model.blocks[layer].ffn.down
-        handles.append(down.register_forward_pre_hook(partial(record, layer)))
+        module = model.blocks[layer].get_submodule(reader)
+        handles.append(module.register_forward_pre_hook(partial(record, layer)))
     try:
         yield h
     finally:
@@ -181,14 +184,14 @@ def recording(model, layers):
             handle.remove()
 
 
-def neuron_awareness(model, batches, layers):
+def neuron_awareness(model, batches, layers, reader="ffn.down"):
     """How much each neuron matters: the mean over tokens of |h_i * dloss/dh_i|.
 
     The loss is the sum over target tokens, so that a sentence's scores do not depend on its batch.
     One forward and backward pass a batch scores all layers. -> [len(layers), F] fp32
     """
     total, tokens = 0.0, 0
-    with recording(model, layers) as h:
+    with recording(model, layers, reader) as h:
         for batch in batches:
             loss = target_loss(model, batch)
             gradients = torch.autograd.grad(loss, [h[layer] for layer in layers])

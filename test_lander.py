@@ -35,7 +35,7 @@ import lander
 import model
 from data import InputError, list_pairs, load_tokenizer, make_batches, read_parallel, render
 from model import Config, Decoder, Family, load_model, save_model
-from study import compare, demo, fuzz
+from study import compare, demo, fuzz, methods
 
 SHARED = Path(__file__).resolve().parent.parent / "shared"
 
@@ -1320,16 +1320,19 @@ def test_a_run_folder_belongs_to_one_run(world, tmp_path, monkeypatch, capsys):
 
 
 # --------------------------------------------------------------------------------------------------
-# Rivals of the method (study/compare.py)
+# Rivals of the method (study/methods.py, study/compare.py)
 
 
 def small_context(decoder):
-    """What compare.py's methods need, for a tiny decoder: random scores, two selected layers."""
-    L, F = decoder.config.layers, decoder.config.ffn_size
-    awareness = torch.rand(3, L, F, generator=torch.Generator().manual_seed(0))
+    """What methods.py needs, for a tiny decoder: random scores; layers 1 and 2 change most."""
+    L, F, D = decoder.config.layers, decoder.config.ffn_size, decoder.config.hidden_size
+    generator = torch.Generator().manual_seed(0)
+    awareness = torch.rand(3, L, F, generator=generator)
+    channels = torch.rand(3, L, D, generator=generator)
     inputs = lander.Inputs({}, {}, dict.fromkeys(PAIRS, []), {}, {})
-    settings = lander.Settings(epsilon=0.7)
-    return compare.Context(settings, Letters, inputs, ["en-de"], {"en-de": [1, 2]}, awareness)
+    settings = lander.Settings(epsilon=0.7, layers=2)
+    differences = {"en-de": [3.0, 2.0, 1.0]}
+    return methods.Context(settings, Letters, inputs, ["en-de"], differences, awareness, channels)
 
 
 TRAINED_BY = {
@@ -1351,6 +1354,17 @@ TRAINED_BY = {
     "lora-all": r"blocks\.\d\..*\.lora_[ab]",
     "adapters": r"blocks\.\d\.adapter\.",
     "adapter-lora": r"blocks\.\d\.(adapter\.|attention\..*\.lora_[ab])",
+    "k=1": r"blocks\.1\.ffn\.(general\.|specific\.en-de\.|router\.en-de)",
+    "epsilon=0.5": r"blocks\.[12]\.ffn\.(general\.|specific\.en-de\.|router\.en-de)",
+    "owners-by-language": r"blocks\.[12]\.ffn\.(general\.|specific\.en-de\.|router\.en-de)",
+    "shared-owners": r"blocks\.[12]\.ffn\.(general\.|specific\.en-de\.|router\.en-de)",
+    "low-rank": r"blocks\.[12]\.ffn\.((general|specific\.en-de)\..*\.lora_[ab]|router\.en-de)",
+    "channels": r"blocks\.\d\.attention\..*original",
+    "channels-half": r"blocks\.\d\.attention\..*original",
+    "channels-half-random": r"blocks\.\d\.attention\..*original",
+    "channels-of-layers": r"blocks\.[12]\.attention\..*original",
+    "attention-of-layers": r"blocks\.[12]\.attention\.",
+    "both": r"blocks\.(\d\.attention\..*original|[12]\.ffn\.(general|specific\.en-de|router\.en-de))",
 }
 
 
@@ -1361,7 +1375,7 @@ def test_each_rival_starts_at_the_base_model_and_trains_what_it_says(name):
     ids, mask = padded_ids(90, "right")
     expected = decoder(ids, mask)
     torch.manual_seed(0)
-    learners = compare.METHODS[name](decoder, small_context(decoder))
+    learners = methods.METHODS[name](decoder, small_context(decoder))
     lander.route(decoder, "en-de")
     start = decoder(ids, mask)
     if name in (
@@ -1391,9 +1405,37 @@ def test_equal_numbers_of_neurons():
     sizes = set()
     for name in ("neurons-random", "neurons-aware", "neurons-relative", "neurons-least"):
         decoder = tiny_decoder("bloom", layers=4)
-        learners = compare.METHODS[name](decoder, small_context(decoder))
+        learners = methods.METHODS[name](decoder, small_context(decoder))
         sizes.add(sum(p.numel() for p in learners["en-de"].values()))
     assert sizes == {round(0.3 * 4 * 128) * (2 * 32 + 1)}
+
+
+@pytest.mark.parametrize("family", ["bloom", "baichuan"])
+def test_a_channel_of_attention_is_its_rows_and_its_column(family):
+    """BLOOM's fused rows taken for Baichuan's: other channels would learn, and nothing would show it."""
+    decoder = tiny_decoder(family, layers=2)
+    D, H = decoder.config.hidden_size, decoder.config.heads
+    learn = torch.zeros(1, D, dtype=torch.bool)
+    learn[0, [3, D - 1]] = True
+    before = {name: p.detach().clone() for name, p in decoder.named_parameters()}
+    context = small_context(decoder)
+    learners = methods.attention_channels(decoder, context, [1], learn)
+    with torch.no_grad():
+        for parameter in learners["en-de"].values():
+            parameter.add_(1.0)
+    attention = decoder.blocks[1].attention
+    changed = (
+        attention.query_key_value.weight != before["blocks.1.attention.query_key_value.weight"]
+    )
+    seen = changed[:, 0].nonzero().flatten().tolist()
+    d = D // H
+    if family == "bloom":
+        expected = [(i // d * 3 + part) * d + i % d for i in (3, D - 1) for part in range(3)]
+    else:
+        expected = [part * D + i for i in (3, D - 1) for part in range(3)]
+    assert seen == sorted(expected) and changed[seen].all()
+    columns = attention.output.weight != before["blocks.1.attention.output.weight"]
+    assert columns.any(0).nonzero().flatten().tolist() == [3, D - 1]
 
 
 def test_lora_equals_pefts():
@@ -1402,7 +1444,7 @@ def test_lora_equals_pefts():
     torch.manual_seed(0)
     linear = model.Linear(12, 20)
     randomize(linear)
-    ours = compare.LoRA(linear, rank=4, alpha=8)
+    ours = methods.LoRA(linear, rank=4, alpha=8)
     plain = torch.nn.Linear(12, 20)
     plain.load_state_dict(linear.state_dict())
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["0"])
@@ -1425,9 +1467,9 @@ def test_decay_draws_to_the_start():
     decoder = tiny_decoder("bloom", layers=4)
     ids, mask = padded_ids(90, "right")
     expected = decoder(ids, mask)
-    learners = compare.all_attention(decoder, small_context(decoder))
+    learners = methods.all_attention(decoder, small_context(decoder))
     start = {name: p.detach().clone() for name, p in learners["en-de"].items()}
-    learners = compare.draw_to_start(decoder, learners)
+    learners = methods.draw_to_start(decoder, learners)
     assert torch.equal(decoder(ids, mask)[mask], expected[mask])
     changes = learners["en-de"]
     assert set(changes) == set(start) and not any(p.any() for p in changes.values())
@@ -1442,46 +1484,78 @@ def test_decay_draws_to_the_start():
         assert torch.equal(getattr(decoder.get_submodule(place), kind), start[name] + change)
 
 
-def test_a_grid_of_two_methods(world, tmp_path, monkeypatch, capsys):
+def test_a_grid(world, tmp_path, monkeypatch, capsys):
     """Cells that are run twice; an interpolation whose ends are not the start and the end."""
+    pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     words = [word for word in arguments(world, "--steps", "3", "--eval-pairs", "qaa-qab,qab-qaa")]
     words += ["--out", "grid", "--rates", "0.01", "--seeds", "0,1", "--methods"]
-    methods = "lora-all,lora-all@0,lora-all@1,lander+replay,attention+l2,zero-shot"
-    assert compare.main([*words, methods]) == 0, capsys.readouterr().err
-    lines = [json.loads(line) for line in Path("grid/results.jsonl").read_text().splitlines()]
-    assert len(lines) == 2 * 5 + 1
+    names = "lora-all,lora-all@0,lora-all@1,lander:7+replay,attention+l2,zero-shot,k=1,k=2"
+    assert compare.main([*words, names]) == 0, capsys.readouterr().err
+    lines = compare.read_results(Path("grid"))
+    assert len(lines) == 2 * 7 + 1
     cells = {(line["method"], line["seed"]): line for line in lines}
     for seed in (0, 1):
         assert cells["lora-all@0", seed]["after"] == cells["lora-all@0", seed]["before"]
         assert cells["lora-all@1", seed]["after"] == cells["lora-all", seed]["after"]
+        assert cells["lora-all@1", seed]["valid_loss"] == cells["lora-all", seed]["valid_loss"]
+        assert cells["lora-all@0", seed]["valid_loss"] == cells["zero-shot", 0]["valid_loss"]
         text = [
-            Path(f"grid/cells/{name} 0.01 {seed}/qaa-qab.txt").read_text()
+            Path(f"grid/cells/{name} 0.01 {seed} qaa-qab/qaa-qab.txt").read_text()
             for name in ("lora-all", "lora-all@1")
         ]
         assert text[0] == text[1]
     assert cells["zero-shot", 0]["after"] == cells["zero-shot", 0]["before"]
-    first = cells["lander+replay", 0]
-    assert (
-        first["pairs"] == ["qaa-qab"]
-        and first["trained"] > 0
-        and set(first["after"]) == {"qaa-qab", "qab-qaa"}
-    )
-    before = Path("grid/results.jsonl").read_text()
-    assert compare.main([*words, methods]) == 0
-    assert Path("grid/results.jsonl").read_text() == before
-    capsys.readouterr()
-    cells = compare.read_cells(Path("grid"))
-    compare.show_table(cells)
-    assert len(capsys.readouterr().out.splitlines()) == 1 + 6
+    first = cells["lander:7+replay", 0]
+    assert first["pairs"] == ["qaa-qab"] and first["trained"] > 0
+    assert set(first["after"]) == {"qaa-qab", "qab-qaa"}
     change = compare.gains(first)
     assert change["tuned"] == first["after"]["qaa-qab"]["bleu"] - first["before"]["qaa-qab"]["bleu"]
-    assert (
-        change["others"] == change["other target"]
-        and change["same target"] != change["same target"]
-    )
+    assert change["others"] == change["other target"]
+    assert change["same target"] != change["same target"]  # NaN: there is none
+    before = Path("grid/results.jsonl").read_text()
+    assert compare.main([*words, names]) == 0
+    assert Path("grid/results.jsonl").read_text() == before
+    capsys.readouterr()
+    assert compare.main(["--plot", "grid"]) == 0
+    table = capsys.readouterr().out
+    for name in ("lora-all@1", "zero-shot", "k  "):
+        assert sum(line.startswith(name) for line in table.splitlines()) >= 1
+    drawn = {path.name for path in Path("grid").glob("*.svg")}
+    assert drawn == {"front.svg", "layers.svg"}
     assert compare.main([*words, "lora-al"]) == 2
     assert "'lora-al'" in capsys.readouterr().err
+    assert compare.main([*words, "lora-all", "--layers", "1"]) == 2
+    assert "grid.json: a grid with other settings" in capsys.readouterr().err
+
+
+def test_pairs_tuned_each_and_in_turn(world, tmp_path, monkeypatch, capsys):
+    """In-turn that starts anew for each pair, or trains on another pair's text."""
+    monkeypatch.chdir(tmp_path)
+    words = [word for word in arguments(world, "--steps", "3", "--eval-pairs", "qaa-qab,qab-qaa")]
+    words += ["--rates", "0.01", "--methods", "attention", "--pair", "qaa-qab,qab-qaa"]
+    for tune in ("each", "in-turn"):
+        assert compare.main([*words, "--out", tune, "--tune", tune]) == 0, capsys.readouterr().err
+    each = compare.read_results(Path("each"))
+    (turn,) = compare.read_results(Path("in-turn"))
+    assert [line["pairs"] for line in each] == [["qaa-qab"], ["qab-qaa"]]
+    assert list(turn["stages"]) == turn["pairs"] == ["qaa-qab", "qab-qaa"]
+    assert turn["stages"]["qaa-qab"] == each[0]["after"]  # the first pair is tuned as it is alone
+    assert turn["stages"]["qab-qaa"] == turn["after"] != each[1]["after"]
+    assert list(compare.forgetting([turn])["attention"]) == ["qaa-qab", "qab-qaa"]
+
+
+def test_the_best_rate_is_chosen_on_validation_loss():
+    """On test it would be the other one."""
+    lines = []
+    for rate, loss, bleu in ((0.1, 1.0, 5.0), (0.2, 2.0, 9.0)):
+        scores = {"en-de": {"bleu": bleu}, "de-en": {"bleu": 10 - 10 * rate}}
+        start = {"en-de": {"bleu": 1.0}, "de-en": {"bleu": 9.25}}
+        lines.append({"method": "full", "rate": rate, "pairs": ["en-de"], "after": scores})
+        lines[-1] |= {"valid_loss": {"en-de": loss}, "before": start}
+    rates = compare.by_method(lines)["full"]
+    assert compare.best_rate(rates) == 0.1
+    assert compare.gain_at_equal_forgetting(rates) == 4.0  # the other loses 1.25, more than 0.5
 
 
 # --------------------------------------------------------------------------------------------------

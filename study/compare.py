@@ -7,293 +7,39 @@
 One cell is a method at a learning rate with a seed: a line in DIR/results.jsonl. Cells that are
 there are passed over, so that a grid can be stopped, go on, and be split over machines.
 
-A method is a function that changes the model as it needs and says which parameters learn; all
-else is lander.py's own `train` and `evaluate`. Behind a method's name may stand:
+methods.py has the methods, zero-shot and 5-shot train nothing. Behind a name may stand, in this order:
 
+    :300        only that many training sentences, in as many steps
     +replay     batches of the other pairs' training text alternate with the tuned ones'
     +l2         weights decay to where they started instead of to zero
     @0.5        no training: that part of the way from the start to the end of the cell without it
+
+With several pairs in --pair, --tune says how: together, each alone (a cell for each), or in-turn, one
+after another with evaluation after each.
 """
 
 import argparse
 import json
 import math
+import random
+import re
 import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import mean
 from typing import NamedTuple
 
 import torch
-from torch import nn
-from torch.nn import functional
-from torch.nn.utils import parametrize
+from sacrebleu.metrics import BLEU
+from sacrebleu.significance import PairedTest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lander
-from data import InputError, exit_status, locked, read_json, read_lines, read_tensors, render
-from data import split_pair, write_json
-from model import Linear, load_model
-
-
-class Context(NamedTuple):
-    """What the cells of a grid share."""
-
-    settings: lander.Settings
-    tokenizer: object
-    inputs: lander.Inputs
-    tuned: list  # pairs
-    selected: dict  # pair -> layers, by representation analysis
-    awareness: torch.Tensor  # [P, L, F] of all layers
-
-
-# --------------------------------------------------------------------------------------------------
-# LANDeRMT, and without each of its parts
-
-
-def groups_of(context, awareness, selected):
-    """Groups as in lander.py, of some layers."""
-    own = awareness[:, lander.union(selected)]  # [P, K, F]
-    owner = lander.categorize(own, context.settings.epsilon)
-    return lander.describe_groups(own, owner, list(context.inputs.scoring), selected)
-
-
-def install(model, context, groups, routing=True):
-    """Route, and say what learns. -> learners"""
-    lander.install_routing(model, groups, routing)
-    return {pair: lander.what_learns(model, pair) for pair in context.tuned}
-
-
-def lander_method(model, context):
-    """LANDeRMT as lander.py runs it."""
-    return install(model, context, groups_of(context, context.awareness, context.selected))
-
-
-def no_car(model, context):
-    """The same neurons, without routing."""
-    groups = groups_of(context, context.awareness, context.selected)
-    return install(model, context, groups, routing=False)
-
-
-def keep(learners, word):
-    """What has `word` in its name."""
-    kept = {}
-    for pair, own in learners.items():
-        kept[pair] = {name: parameter for name, parameter in own.items() if word in name}
-    return kept
-
-
-def specific_only(model, context):
-    """The pair's own neurons alone: the paper's LANDeRMT-LS."""
-    return keep(no_car(model, context), ".specific.")
-
-
-def general_only(model, context):
-    """The general neurons alone."""
-    return keep(no_car(model, context), ".general.")
-
-
-def random_layers(model, context):
-    """As many layers as representation analysis selects, any but the first."""
-    selected = {}
-    for pair, layers in context.selected.items():
-        order = torch.randperm(model.config.layers - 1) + 1
-        selected[pair] = sorted(order[: len(layers)].tolist())
-    return install(model, context, groups_of(context, context.awareness, selected))
-
-
-def random_scores(model, context):
-    """Neurons of the same number in each group, by chance instead of by awareness."""
-    return install(
-        model, context, groups_of(context, torch.rand_like(context.awareness), context.selected)
-    )
-
-
-# --------------------------------------------------------------------------------------------------
-# Some neurons of all layers, of equal number
-
-
-PART_OF_NEURONS = 0.3
-
-
-def best_neurons(model, context, scores):
-    """Train the PART_OF_NEURONS of all FFN neurons that score highest. scores: pair -> [L, F]"""
-    (pair,) = context.tuned
-    ranked = scores[pair].flatten().argsort(descending=True)  # [L * F]
-    chosen = torch.zeros_like(ranked, dtype=torch.bool)
-    chosen[ranked[: round(PART_OF_NEURONS * len(ranked))]] = True
-    groups = {}
-    for layer, own in enumerate(chosen.view_as(scores[pair])):
-        others = (~own).nonzero().flatten().tolist()
-        specific = {pair: own.nonzero().flatten().tolist(), "others": others}
-        groups[str(layer)] = {"specific": specific, "share": {pair: None}}
-    return keep(install(model, context, groups), ".specific.")
-
-
-def own_awareness(context):
-    """pair -> [L, F]: each pair's scores, scaled to mean 1 in each layer."""
-    scaled = lander.scale_awareness(context.awareness)
-    return dict(zip(context.inputs.scoring, scaled))
-
-
-def neurons_random(model, context):
-    scores = {pair: torch.rand_like(context.awareness[0]) for pair in context.tuned}
-    return best_neurons(model, context, scores)
-
-
-def neurons_aware(model, context):
-    """By awareness for the pair."""
-    return best_neurons(model, context, own_awareness(context))
-
-
-def neurons_relative(model, context):
-    """By awareness for the pair over the mean of the other pairs'."""
-    scores = own_awareness(context)
-    relative = {}
-    for pair in context.tuned:
-        others = torch.stack([scores[other] for other in scores if other != pair]).mean(0)
-        relative[pair] = scores[pair] / others
-    return best_neurons(model, context, relative)
-
-
-def neurons_least(model, context):
-    """The least aware."""
-    scores = own_awareness(context)
-    return best_neurons(model, context, {pair: -scores[pair] for pair in context.tuned})
-
-
-# --------------------------------------------------------------------------------------------------
-# Whole weights
-
-
-def weights(model, context, wanted):
-    """Train the linear layers whose names satisfy `wanted`, as fp32 masters, with every pair."""
-    own = {}
-    for name, module in model.named_modules():
-        if isinstance(module, Linear) and wanted(name):
-            own |= module.float().named_parameters(name)
-    return dict.fromkeys(context.tuned, own)
-
-
-def full(model, context):
-    """Full finetuning: every weight."""
-    own = dict(model.float().named_parameters())
-    return dict.fromkeys(context.tuned, own)
-
-
-def layers(model, context):
-    """The paper's Layers: every FFN weight of the layers that representation analysis selects."""
-    learners = {}
-    for pair, selected in context.selected.items():
-        places = tuple(f"blocks.{layer}.ffn." for layer in selected)
-        learners |= {pair: weights(model, context, lambda name: name.startswith(places))[pair]}
-    return learners
-
-
-def all_ffn(model, context):
-    return weights(model, context, lambda name: ".ffn." in name)
-
-
-def all_attention(model, context):
-    return weights(model, context, lambda name: ".attention." in name)
-
-
-# --------------------------------------------------------------------------------------------------
-# LoRA and adapters
-
-
-class LoRA(nn.Module):
-    """y = W x + b + (alpha / r) B A x  (Hu et al. 2022; loralib/layers.py, peft's tuners/lora).
-
-    A [r, in] is uniform within 1 / sqrt(in), B [out, r] zero, so that the start is the base model.
-    """
-
-    def __init__(self, linear, rank, alpha):
-        super().__init__()
-        self.linear, self.scale = linear, alpha / rank
-        limit = 1 / math.sqrt(linear.in_features)
-        device = linear.weight.device
-        self.lora_a = nn.Parameter(torch.empty(rank, linear.in_features, device=device))
-        self.lora_b = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
-        nn.init.uniform_(self.lora_a, -limit, limit)
-
-    def forward(self, x):
-        low = functional.linear(x, self.lora_a.to(x.dtype))  # [.., r]
-        return self.linear(x) + functional.linear(low, self.lora_b.to(x.dtype)) * self.scale
-
-
-LORA_RANK, LORA_ALPHA = 8, 16  # alpha = 2 r, as in practice
-
-
-def add_lora(model, wanted):
-    """Put a LoRA around the linear layers of the blocks whose names satisfy `wanted`."""
-    for name, module in list(model.blocks.named_modules()):
-        if isinstance(module, Linear) and wanted(name):
-            parent, _, child = name.rpartition(".")
-            setattr(model.blocks.get_submodule(parent), child, LoRA(module, LORA_RANK, LORA_ALPHA))
-
-
-class Adapter(nn.Module):
-    """x + W_up relu(W_down norm(x)), after each FFN's residual sum (Bapna & Firat 2019).
-
-    W_up starts at zero, so that the start is the base model.
-    """
-
-    def __init__(self, hidden_size, size, device):
-        super().__init__()
-        self.norm = nn.LayerNorm(hidden_size, device=device)
-        self.down = nn.Linear(hidden_size, size, device=device)
-        self.up = nn.Linear(size, hidden_size, device=device)
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
-
-    def forward(self, x):
-        """[B, T, D] -> [B, T, D]"""
-        return x + self.up(torch.relu(self.down(self.norm(x.float())))).to(x.dtype)
-
-
-ADAPTER_SIZE = 64
-
-
-def add_adapters(model):
-    def adapt(block, inputs, output):
-        return block.adapter(output)
-
-    for block in model.blocks:
-        device = block.ffn.up.weight.device
-        block.adapter = Adapter(model.config.hidden_size, ADAPTER_SIZE, device)
-        block.register_forward_hook(adapt)
-
-
-def added(model, context):
-    """Everything that was added to the checkpoint's own parameters learns, with every pair."""
-    own = {}
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name or ".adapter." in name:
-            own[name] = parameter
-    return dict.fromkeys(context.tuned, own)
-
-
-def lora_attention(model, context):
-    add_lora(model, lambda name: ".attention." in name)
-    return added(model, context)
-
-
-def lora_all(model, context):
-    add_lora(model, lambda name: True)
-    return added(model, context)
-
-
-def adapters(model, context):
-    add_adapters(model)
-    return added(model, context)
-
-
-def adapter_lora(model, context):
-    """Both at once. The paper does not say what its Adapter-LoRA is: this is our reading."""
-    add_lora(model, lambda name: ".attention." in name)
-    add_adapters(model)
-    return added(model, context)
+from data import InputError, exit_status, locked, make_batches, read_json, read_lines, read_tensors
+from data import render, split_pair, write_json, write_tensors
+from model import load_model
+from study.methods import L2_DECAY, METHODS, Context, draw_to_start, interpolate
 
 
 # --------------------------------------------------------------------------------------------------
@@ -316,138 +62,96 @@ class FewShot:
         return getattr(self.tokenizer, name)
 
 
-def untrained(model, context):
-    return dict.fromkeys(context.tuned, {})
-
-
-SHOTS = 5
-METHODS = {
-    "zero-shot": untrained,
-    "5-shot": untrained,
-    "lander": lander_method,
-    "no-car": no_car,
-    "specific-only": specific_only,
-    "general-only": general_only,
-    "random-layers": random_layers,
-    "random-scores": random_scores,
-    "neurons-random": neurons_random,
-    "neurons-aware": neurons_aware,
-    "neurons-relative": neurons_relative,
-    "neurons-least": neurons_least,
-    "full": full,
-    "layers": layers,
-    "ffn": all_ffn,
-    "attention": all_attention,
-    "lora-attention": lora_attention,
-    "lora-all": lora_all,
-    "adapters": adapters,
-    "adapter-lora": adapter_lora,
-}
+SHOTS = {"zero-shot": 0, "5-shot": 5}
 
 
 # --------------------------------------------------------------------------------------------------
-# Cheap rivals of any method
+# One cell
 
 
-class FromStart(nn.Module):
-    """A weight as its start plus what is learned, so that decay draws it to the start."""
+class Cell(NamedTuple):
+    """What is trained, how, and on which pairs."""
 
-    def __init__(self, start):
-        super().__init__()
-        self.register_buffer("start", start.detach().clone())
+    method: str  # with all that stands behind its name
+    rate: float
+    seed: int
+    pairs: tuple
 
-    def forward(self, change):
-        return self.start + change
-
-    def right_inverse(self, weight):
-        return weight - self.start
-
-
-L2_DECAY = 10.0  # a step takes this times the learning rate of the way back
-
-
-def draw_to_start(model, learners):
-    """Learn the difference to the start instead of the weights themselves. -> learners"""
-    changes = {}
-    for name, parameter in lander.merged(learners).items():
-        place, _, kind = name.rpartition(".")
-        module = model.get_submodule(place)
-        parametrize.register_parametrization(module, kind, FromStart(parameter))
-        changes[name] = getattr(module.parametrizations, kind).original
-    return {pair: {name: changes[name] for name in own} for pair, own in learners.items()}
-
-
-def interpolate(learners, tuned, part):
-    """Move every parameter `part` of the way from its start to what was tuned."""
-    with torch.no_grad():
-        for name, parameter in lander.merged(learners).items():
-            parameter += part * (tuned[name].to(parameter.device) - parameter)
-
-
-# --------------------------------------------------------------------------------------------------
-# A grid
+    def folder(self, out):
+        return out / "cells" / f"{self.method} {self.rate:g} {self.seed} {','.join(self.pairs)}"
 
 
 def parse_method(name):
-    """ "lora-all+replay@0.5" -> ("lora-all", {"replay"}, 0.5); without @: None. InputError"""
-    rest, _, part = name.partition("@")
-    base, *extras = rest.split("+")
-    if base not in METHODS or not set(extras) <= {"replay", "l2"}:
-        raise InputError(
-            f"method {name!r}: expected {', '.join(METHODS)}, with +replay, +l2, @PART"
-        )
-    try:
-        part = float(part) if part else None
-    except ValueError:
-        raise InputError(f"method {name!r}: @{part} is no part of the way") from None
-    return base, set(extras), part
+    """ "lora-all:300+replay@0.5" -> ("lora-all", 300, {"replay"}, 0.5); None for what is not there.
+
+    InputError for what is no method.
+    """
+    match = re.fullmatch(r"([^:+@]+)(?::(\d+))?((?:\+(?:replay|l2))*)(?:@([\d.]+))?", name)
+    if not match or not (match[1] in METHODS or match[1] in SHOTS):
+        known = ", ".join([*SHOTS, *METHODS])
+        raise InputError(f"method {name!r}: expected {known}, with :N, +replay, +l2, @PART")
+    size, part = match[2] and int(match[2]), match[4] and float(match[4])
+    return match[1], size, set(match[3].split("+")[1:]), part
 
 
-def cell_folder(out, name, rate, seed):
-    return out / "cells" / f"{name} {rate:g} {seed}"
-
-
-def run_cell(context, out, name, rate, seed):
+def run_cell(context, out, cell, in_turn=False):
     """Train and evaluate one method. -> its line of results.jsonl"""
     began = time.monotonic()
-    base, extras, part = parse_method(name)
-    settings = replace(context.settings, lr=rate, seed=seed)
-    folder = cell_folder(out, name, rate, seed)
+    name, size, extras, part = parse_method(cell.method)
+    settings = context.settings
+    if name not in SHOTS:
+        settings = replace(settings, lr=cell.rate, seed=cell.seed)
+    context = context._replace(settings=settings, tuned=list(cell.pairs))
+    folder = cell.folder(out)
     folder.mkdir(parents=True, exist_ok=True)
-    device, dtype = lander.choose_device(settings)
-    torch.manual_seed(seed)
-    model = load_model(settings.weights, device, dtype).requires_grad_(False)
-    learners = METHODS[base](model, context)
-    trained = sum(p.numel() for p in lander.merged(learners).values())
-    valid_loss = None
+    torch.manual_seed(cell.seed)
+    model = load_model(settings.weights, *lander.choose_device(settings)).requires_grad_(False)
+    learners = {} if name in SHOTS else METHODS[name](model, context)
+    line = {"method": cell.method, "rate": cell.rate, "seed": cell.seed, "pairs": cell.pairs}
+    line["trained"] = sum(p.numel() for p in lander.merged(learners).values())
     if part is not None:
-        whole = cell_folder(out, name.partition("@")[0], rate, seed) / "tuned.safetensors"
-        if not whole.exists():
-            raise InputError(f"{name}: no {whole}; run {name.partition('@')[0]} first")
-        interpolate(learners, read_tensors(whole), part)
-    elif trained:
-        examples = {pair: context.inputs.train[pair] for pair in context.tuned}
-        decay = lander.WEIGHT_DECAY
-        if "replay" in extras:
-            everything = lander.merged(learners)
-            for pair, own in context.inputs.scoring.items():
-                examples.setdefault(pair, own)
-                learners.setdefault(pair, everything)
-        if "l2" in extras:
-            learners, decay = draw_to_start(model, learners), L2_DECAY
-        steps = lander.count_steps(context.inputs.train, settings)
-        settings = replace(settings, steps=steps)  # as many with replay as without
-        valid = context.inputs.valid
-        lander.train(model, context.tokenizer, learners, examples, valid, settings, folder, decay)
-        (folder / "state.safetensors").unlink()
-        valid_loss = json.loads(read_lines(folder / "log.jsonl")[-1])["valid_loss"]
-    after = evaluate_all(model, context, folder, shots=SHOTS if base == "5-shot" else 0)
-    line = {"method": name, "rate": rate, "seed": seed, "pairs": context.tuned, "trained": trained}
-    line |= {"seconds": round(time.monotonic() - began, 1), "valid_loss": valid_loss}
-    return line | {"before": read_json(out / "before.json", {}), "after": after}
+        whole = cell._replace(method=cell.method.partition("@")[0])
+        path = whole.folder(out) / "tuned.safetensors"
+        if not path.exists():
+            raise InputError(f"{cell.method}: no {path}; run {whole.method} first")
+        interpolate(learners, read_tensors(path), part)
+    elif in_turn:
+        line["stages"] = {}
+        for pair in cell.pairs:
+            train(model, context, learners, [pair], size, extras, folder / pair)
+            line["stages"][pair] = evaluate(model, context, folder / pair)
+    elif learners:
+        train(model, context, learners, context.tuned, size, extras, folder)
+    valid = {pair: context.inputs.valid[pair] for pair in cell.pairs}
+    line["valid_loss"] = lander.validation_loss(model, context.tokenizer, valid, settings)
+    line["before"] = read_json(out / "before.json", {})
+    line["after"] = evaluate(model, context, folder, SHOTS.get(name, 0))
+    line["seconds"] = round(time.monotonic() - began, 1)
+    return line
 
 
-def evaluate_all(model, context, folder, shots=0):
+def train(model, context, learners, pairs, size, extras, folder):
+    """lander.py's training, on `size` sentences of each pair, with what `extras` name."""
+    settings = context.settings
+    learners = {pair: learners[pair] for pair in pairs}
+    examples = {pair: context.inputs.train[pair] for pair in pairs}
+    settings = replace(settings, steps=lander.count_steps(examples, settings))
+    if size:
+        for pair, own in examples.items():
+            examples[pair] = random.Random(settings.seed).sample(own, size)
+    if "replay" in extras:
+        everything = lander.merged(learners)
+        for pair, own in context.inputs.scoring.items():
+            examples.setdefault(pair, own)
+            learners.setdefault(pair, everything)
+    decay = lander.WEIGHT_DECAY
+    if "l2" in extras:
+        learners, decay = draw_to_start(model, learners), L2_DECAY
+    lander.train(model, context.tokenizer, learners, examples, {}, settings, folder, decay)
+    (folder / "state.safetensors").unlink()
+
+
+def evaluate(model, context, folder, shots=0):
     """-> {pair: {"bleu", "chrf"}}; hypotheses go to the folder."""
     scores = {}
     for pair, text in context.inputs.test.items():
@@ -461,61 +165,109 @@ def evaluate_all(model, context, folder, shots=0):
     return scores
 
 
+# --------------------------------------------------------------------------------------------------
+# A grid
+
+
 def prepare(settings, out):
-    """Read what all cells need; score layers and neurons once, of all layers. -> Context"""
-    device, dtype = lander.choose_device(settings)
+    """Read what all cells need; score layers, neurons and channels once, of all layers. -> Context"""
     tuned = lander.choose_pairs(settings.pair, settings.data, "train")
     config, tokenizer = lander.open_checkpoint(settings.weights)
     lander.check_layer_count(settings.layers, config.layers - 1)
     inputs = lander.read_inputs(tokenizer, tuned, settings)
-    model = load_model(settings.weights, device, dtype).requires_grad_(False)
-    arguments = (model, tokenizer, inputs.scoring)
-    selected = lander.analyse_layers(*arguments, tuned, settings, out / "layers.json")
-    every = {pair: list(range(config.layers)) for pair in tuned}
-    lander.group_neurons(*arguments, every, settings, out)
-    awareness = read_tensors(out / "awareness.safetensors")
-    stacked = torch.stack([awareness[pair] for pair in inputs.scoring])  # [P, L, F]
-    context = Context(settings, tokenizer, inputs, tuned, selected, stacked)
+    model = load_model(settings.weights, *lander.choose_device(settings)).requires_grad_(False)
+    path = out / "layers.json"
+    lander.analyse_layers(model, tokenizer, inputs.scoring, tuned, settings, path)
+    analysis = read_json(path, {str: {"differences": [float]}})
+    differences = {pair: analysis[pair]["differences"] for pair in tuned}
+    path = out / "awareness.safetensors"
+    if not path.exists():
+        scores, every = {}, range(config.layers)
+        for pair, examples in inputs.scoring.items():
+            for reader in ("ffn.down", "attention.output"):
+                batches = make_batches(examples, tokenizer.pad_id, settings.micro_tokens)
+                batches = lander.counted(batches, f"scoring {pair}, {reader}", len(examples))
+                name = f"{pair} {reader}"
+                scores[name] = lander.neuron_awareness(model, batches, every, reader)
+        write_tensors(path, scores)
+    scores = read_tensors(path)
+    neurons = torch.stack([scores[f"{pair} ffn.down"] for pair in inputs.scoring])  # [P, L, F]
+    channels = torch.stack([scores[f"{pair} attention.output"] for pair in inputs.scoring])
+    context = Context(settings, tokenizer, inputs, tuned, differences, neurons, channels)
     if not (out / "before.json").exists():
-        write_json(out / "before.json", evaluate_all(model, context, out / "before"))
+        write_json(out / "before.json", evaluate(model, context, out / "before"))
+    references = {pair: [target for _, target in inputs.test.get(pair, [])] for pair in tuned}
+    write_json(out / "references.json", references)
     return context
 
 
-def run_grid(settings, methods, rates, seeds):
+def given(settings):
+    """The settings that differ from the defaults, and say what a grid is."""
+    defaults = asdict(lander.Settings())
+    values = asdict(settings).items()
+    return {key: value for key, value in values if value != defaults[key] and key != "out"}
+
+
+def check_grid(path, settings, tune):
+    """One folder holds one grid. InputError if it holds another."""
+    recorded = given(settings) | {"tune": tune}
+    if path.exists() and read_json(path, {}) != recorded:
+        raise InputError(f"{path}: a grid with other settings, expected {json.dumps(recorded)}")
+    write_json(path, recorded)
+
+
+def append(path, line):
+    with open(path, "a", encoding="utf-8") as file:
+        print(json.dumps(line, ensure_ascii=False), file=file)
+
+
+def run_grid(settings, methods, rates, seeds, tune):
     """Run every cell that is not in results.jsonl yet."""
     out = Path(settings.out)
     for name in methods:
         parse_method(name)
     with locked(out):
-        path, done = out / "results.jsonl", set()
-        if path.exists():
-            lines = [json.loads(line) for line in read_lines(path)]
-            done = {(line["method"], line["rate"], line["seed"]) for line in lines}
-        recorded = {name: value for name, value in asdict(settings).items() if name != "out"}
-        if (out / "grid.json").exists():
-            if read_json(out / "grid.json", {}) != recorded:
-                raise InputError(f"{out}: holds a grid with other settings, in grid.json")
-        else:
-            write_json(out / "grid.json", recorded)
+        check_grid(out / "grid.json", settings, tune)
+        done = {key(line) for line in read_results(out)}
         context = prepare(settings, out)
+        together = [(pair,) for pair in context.tuned] if tune == "each" else [tuple(context.tuned)]
         for seed in seeds:
             for rate in rates:
                 for name in methods:
-                    untuned = METHODS[parse_method(name)[0]] is untrained
-                    if (name, rate, seed) in done or (
-                        untuned and (rate, seed) != (rates[0], seeds[0])
-                    ):
-                        continue
-                    line = run_cell(context, out, name, rate, seed)
-                    with open(path, "a", encoding="utf-8") as file:
-                        print(json.dumps(line), file=file)
-                    change = gains(line)
-                    gained = f"tuned {change['tuned']:+.2f}, others {change['others']:+.2f}"
-                    lander.say(f"{name} {rate:g} {seed}: {gained}")
+                    for pairs in together:
+                        cell = Cell(name, rate, seed, pairs)
+                        if name in SHOTS:
+                            cell = cell._replace(rate=0.0, seed=0)  # neither matters
+                        if cell not in done:
+                            run_and_write(context, out, cell, tune)
+                            done.add(cell)
+
+
+def run_and_write(context, out, cell, tune):
+    """Run a cell. Its hypotheses for the tuned pairs are kept, for the paired bootstrap."""
+    line = run_cell(context, out, cell, tune == "in-turn")
+    for pair in cell.pairs:
+        if pair in context.inputs.test:
+            known = cell._replace(pairs=pair)._asdict()
+            text = read_lines(cell.folder(out) / f"{pair}.txt")
+            append(out / "hypotheses.jsonl", known | {"hypotheses": text})
+    append(out / "results.jsonl", line)
+    change = gains(line)
+    gained = f"tuned {change['tuned']:+.2f}, others {change['others']:+.2f}"
+    lander.say(f"{cell.method} {cell.rate:g} {cell.seed} {','.join(cell.pairs)}: {gained}")
 
 
 # --------------------------------------------------------------------------------------------------
 # What was measured
+
+
+def read_results(out):
+    path = out / "results.jsonl"
+    return [json.loads(line) for line in read_lines(path)] if path.exists() else []
+
+
+def key(line):
+    return Cell(line["method"], line["rate"], line["seed"], tuple(line["pairs"]))
 
 
 def gains(line):
@@ -531,63 +283,267 @@ def gains(line):
             kinds["others"].append(change)
             same = split_pair(pair)[1] in into
             kinds["same target" if same else "other target"].append(change)
-    return {kind: sum(own) / len(own) if own else math.nan for kind, own in kinds.items()}
+    return {kind: mean(own) if own else math.nan for kind, own in kinds.items()}
 
 
-def read_cells(out):
-    """results.jsonl -> (method, rate) -> its lines, a seed each"""
+def by_method(lines):
+    """method -> rate -> its lines, a seed or a pair each"""
     cells = {}
-    for text in read_lines(out / "results.jsonl"):
+    for line in lines:
+        cells.setdefault(line["method"], {}).setdefault(line["rate"], []).append(line)
+    return {name: dict(sorted(rates.items())) for name, rates in sorted(cells.items())}
+
+
+def best_rate(rates):
+    """The rate with the lowest mean validation loss of the tuned pairs. rates: rate -> lines"""
+
+    def valid_loss(rate):
+        return mean(loss for line in rates[rate] for loss in line["valid_loss"].values())
+
+    return min(rates, key=valid_loss)
+
+
+EQUAL_FORGETTING = 0.5  # BLEU
+
+
+def gain_at_equal_forgetting(rates):
+    """The largest mean gain of a rate at which the other pairs lose at most EQUAL_FORGETTING."""
+    best = -math.inf
+    for lines in rates.values():
+        if mean(gains(line)["others"] for line in lines) >= -EQUAL_FORGETTING:
+            best = max(best, mean(gains(line)["tuned"] for line in lines))
+    return best
+
+
+def spread(values):
+    """ "+1.23 (+1.10 to +1.40)" """
+    return f"{mean(values):+.2f} ({min(values):+.2f} to {max(values):+.2f})"
+
+
+def show_table(lines):
+    """Change of BLEU over seeds, of every method at its best rate, and at equal forgetting."""
+    print(f"{'method':<21}{'rate':>7}{'cells':>6}{'weights':>10}{'valid':>7}", end="")
+    print(f"{'tuned':>25}{'others':>25}{'at equal forgetting':>21}")
+    for name, rates in by_method(lines).items():
+        rate = best_rate(rates)
+        own, changes = rates[rate], [gains(line) for line in rates[rate]]
+        valid = mean(loss for line in own for loss in line["valid_loss"].values())
+        row = f"{name:<21}{rate:>7g}{len(own):>6}{own[0]['trained']:>10,}{valid:>7.3f}"
+        for kind in ("tuned", "others"):
+            row += f"{spread([change[kind] for change in changes]):>25}"
+        equal = gain_at_equal_forgetting(rates)
+        print(row + (f"{equal:>+21.2f}" if equal > -math.inf else f"{'-':>21}"))
+
+
+BASELINES = ("full", "lora-all", "attention")
+SIGNIFICANT = 0.05
+
+
+def show_bootstrap(out, lines):
+    """sacreBLEU's paired bootstrap at each method's best rate, a seed and a tuned pair at a time.
+
+    It covers the choice of test sentences; what the seed adds stands in the table.
+    """
+    path = out / "hypotheses.jsonl"
+    if not path.exists():
+        return
+    references = read_json(out / "references.json", {str: [str]})
+    best = {name: best_rate(rates) for name, rates in by_method(lines).items()}
+    systems = {}  # (seed, pair) -> method -> hypotheses
+    for text in read_lines(path):
         line = json.loads(text)
-        cells.setdefault((line["method"], line["rate"]), []).append(line)
-    return dict(sorted(cells.items()))
-
-
-def show_table(cells):
-    """Mean change over seeds, with the lowest and the highest, of every method at every rate."""
-    print(f"{'method':<17}{'rate':>7}{'seeds':>6}{'weights':>9}", end="")
-    print(f"{'tuned':>7}{'from':>7}{'to':>7}{'others':>8}{'from':>6}{'to':>6}")
-    for (name, rate), lines in cells.items():
-        tuned = [gains(line)["tuned"] for line in lines]
-        others = [gains(line)["others"] for line in lines]
-        row = f"{name:<17}{rate:>7g}{len(lines):>6}{lines[0]['trained']:>9,}"
-        row += f"{sum(tuned) / len(lines):>+7.1f}{min(tuned):>+7.1f}{max(tuned):>+7.1f}"
-        row += f"{sum(others) / len(lines):>+8.1f}{min(others):>+6.1f}{max(others):>+6.1f}"
+        if best.get(line["method"]) == line["rate"]:
+            own = systems.setdefault((line["seed"], line["pairs"]), {})
+            own[line["method"]] = line["hypotheses"]
+    verdicts = {}  # (method, baseline) -> [better, worse, compared]
+    for (seed, pair), own in systems.items():
+        for baseline in BASELINES:
+            if baseline not in own or len(own) < 2:
+                continue
+            ordered = [(baseline, own[baseline])]
+            ordered += [(name, own[name]) for name in own if name != baseline]
+            metrics = {"BLEU": BLEU(trg_lang=split_pair(pair)[1])}
+            test = PairedTest(ordered, metrics, references=[references[pair]], test_type="bs")
+            signature, scores = test()
+            first, *rest = scores["BLEU"]
+            for name, result in zip([name for name, _ in ordered[1:]], rest):
+                verdict = verdicts.setdefault((name, baseline), [0, 0, 0])
+                if result.p_value < SIGNIFICANT:
+                    verdict[0 if result.score > first.score else 1] += 1
+                verdict[2] += 1
+    if verdicts:
+        print()
+        print("paired bootstrap, p < 0.05: better, worse, of how many seeds and pairs, than")
+        print(f"{'':<21}" + "".join(f"{baseline:>14}" for baseline in BASELINES))
+    for name in sorted({name for name, _ in verdicts}):
+        row = f"{name:<21}"
+        for baseline in BASELINES:
+            better, worse, compared = verdicts.get((name, baseline), (0, 0, 0))
+            row += f"{f'{better}, {worse} of {compared}' if compared else '-':>14}"
         print(row)
 
 
-def draw_front(cells, path):
-    """What was gained against what was forgotten: a line a method over rates, a dot a seed."""
+def pyplot():
     import matplotlib
 
     matplotlib.use("svg")
-    import matplotlib.pyplot as plt
+    from matplotlib import pyplot as plt
 
     plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "lander", "font.size": 9})
-    figure, panels = plt.subplots(1, 2, figsize=(12, 6), sharey=True)
-    methods = list(dict.fromkeys(name for name, _ in cells))
-    for axes, kind in zip(panels, ("same target", "other target")):
-        for number, method in enumerate(methods):
-            style = {"color": plt.cm.tab20(number % 20), "marker": "osD^vP*X<>"[number % 10]}
-            means = []
-            for (name, _), lines in cells.items():
-                if name != method:
-                    continue
-                points = [(gains(line)[kind], gains(line)["tuned"]) for line in lines]
-                axes.plot(*zip(*points), linestyle="", alpha=0.35, markersize=4, **style)
-                means.append([sum(values) / len(values) for values in zip(*points)])
-            axes.plot(*zip(*means), label=method, **style)
-        axes.set(xlabel=f"mean change of BLEU, other pairs, {kind}", ylabel="change, tuned pairs")
-        axes.set_xlim(left=max(axes.get_xlim()[0], -12))  # what forgets more is off the picture
-        axes.grid(alpha=0.3)
-    panels[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    return plt
+
+
+def save(figure, path):
     figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
 
 
+FARTHEST = -12  # what forgets more is off the picture
+
+
+def draw_front(lines, path):
+    """What was gained against what was forgotten: a line a method over rates, a dot a seed."""
+    plt = pyplot()
+    figure, panels = plt.subplots(1, 2, figsize=(12, 6), sharey=True)
+    for axes, kind in zip(panels, ("same target", "other target")):
+        for number, (name, rates) in enumerate(by_method(lines).items()):
+            style = {"color": plt.cm.tab20(number % 20), "marker": "osD^vP*X<>"[number % 10]}
+            means = []
+            for own in rates.values():
+                points = [(gains(line)[kind], gains(line)["tuned"]) for line in own]
+                axes.plot(*zip(*points), linestyle="", alpha=0.35, markersize=4, **style)
+                means.append([mean(values) for values in zip(*points)])
+            axes.plot(*zip(*means), label=name, **style)
+        axes.set(xlabel=f"mean change of BLEU, other pairs, {kind}", ylabel="change, tuned pairs")
+        axes.set_xlim(left=max(axes.get_xlim()[0], FARTHEST))
+        axes.grid(alpha=0.3)
+    panels[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    save(figure, path)
+
+
+def forgetting(lines):
+    """method -> row -> pair -> mean change of BLEU; a row is a tuned pair, or a stage of in-turn."""
+    found = {}
+    for line in lines:
+        rows = line.get("stages") or {",".join(line["pairs"]): line["after"]}
+        for row, scores in rows.items():
+            for pair, after in scores.items():
+                change = after["bleu"] - line["before"][pair]["bleu"]
+                place = found.setdefault(line["method"], {}).setdefault(row, {})
+                place.setdefault(pair, []).append(change)
+    for rows in found.values():
+        for row, pairs in rows.items():
+            rows[row] = {pair: mean(changes) for pair, changes in pairs.items()}
+    return found
+
+
+def draw_matrix(lines, path):
+    """What tuning the pair of a row, alone or after those above it, did to every pair."""
+    plt = pyplot()
+    found = forgetting(best_lines(lines))
+    count = max(len(rows) for rows in found.values())
+    figure, panels = plt.subplots(
+        len(found), 1, figsize=(8, len(found) * (1 + 0.3 * count)), squeeze=False
+    )
+    limit = max(abs(v) for rows in found.values() for row in rows.values() for v in row.values())
+    for axes, (name, rows) in zip(panels[:, 0], found.items()):
+        pairs = list(next(iter(rows.values())))
+        values = [list(row.values()) for row in rows.values()]
+        axes.imshow(values, cmap="PuOr", vmin=-1.8 * limit, vmax=1.8 * limit, aspect="auto")
+        for y, row in enumerate(values):
+            for x, value in enumerate(row):
+                axes.text(x, y, f"{value:+.1f}", ha="center", va="center", fontsize=8)
+        axes.set_xticks(range(len(pairs)), pairs, rotation=45)
+        axes.set_yticks(range(len(rows)), list(rows))
+        axes.set_title(name)
+    figure.tight_layout()
+    save(figure, path)
+
+
+def best_lines(lines):
+    """The cells of each method at its best rate."""
+    return [line for rates in by_method(lines).values() for line in rates[best_rate(rates)]]
+
+
+def series(lines, pattern):
+    """Methods named by a pattern with one number in it: group 1 -> number -> lines at best rate"""
+    found = {}
+    for line in best_lines(lines):
+        match = re.fullmatch(pattern, line["method"])
+        if match:
+            found.setdefault(match[1], {}).setdefault(float(match[2]), []).append(line)
+    return {name: dict(sorted(points.items())) for name, points in sorted(found.items())}
+
+
+CURVES = {  # file -> methods with a number in their names, label of the number, logarithmic
+    "layers.svg": (r"(k)=(\d+)", "k, layers that learn", False),
+    "epsilon.svg": (r"(epsilon)=([\d.]+)", "epsilon, share of general neurons", False),
+    "sentences.svg": (r"([\w-]+):(\d+)", "training sentences", True),
+}
+
+
+def draw_curve(found, label, logarithmic, path):
+    """Change of BLEU of the tuned and the other pairs over a number, a dot a seed."""
+    plt = pyplot()
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4))
+    for axes, kind in zip(panels, ("tuned", "others")):
+        for number, (name, points) in enumerate(found.items()):
+            color = plt.cm.tab10(number % 10)
+            for x, own in points.items():
+                changes = [gains(line)[kind] for line in own]
+                axes.plot([x] * len(own), changes, "o", color=color, alpha=0.35, markersize=4)
+            means = [mean(gains(line)[kind] for line in own) for own in points.values()]
+            axes.plot(list(points), means, "-", color=color, label=name)
+        axes.set(xlabel=label, ylabel=f"mean change of BLEU, {kind}")
+        axes.set_xscale("log" if logarithmic else "linear")
+        axes.grid(alpha=0.3)
+    if len(found) > 1:
+        panels[1].legend(fontsize=7)
+    figure.tight_layout()
+    save(figure, path)
+
+
+def show_series(found, label):
+    print()
+    print(label)
+    for name, points in found.items():
+        for x, own in points.items():
+            changes = [gains(line) for line in own]
+            row = "".join(
+                f"{spread([c[kind] for c in changes]):>25}" for kind in ("tuned", "others")
+            )
+            print(f"{name:<17}{x:>7g}{len(own):>6}{row}")
+
+
 def plot(out):
-    cells = read_cells(out)
-    show_table(cells)
-    draw_front(cells, out / "front.svg")
+    """Table and figures of a grid, from its committed results alone."""
+    lines = read_results(out)
+    if not lines:
+        raise InputError(f"{out / 'results.jsonl'}: no results yet")
+    grid = read_json(out / "grid.json", {"tune": str})
+    print(f"{out}: {json.dumps(grid)}")
+    curves = {}
+    for name, (pattern, label, logarithmic) in CURVES.items():
+        curves[name] = series(lines, pattern)
+        if curves[name]:
+            show_series(curves[name], label)
+            draw_curve(curves[name], label, logarithmic, out / name)
+    drawn = {
+        line["method"]
+        for own in curves.values()
+        for p in own.values()
+        for v in p.values()
+        for line in v
+    }
+    lines = [line for line in lines if line["method"] not in drawn]
+    if not lines:
+        return
+    print()
+    show_table(lines)
+    show_bootstrap(out, lines)
+    if any(not math.isnan(gains(line)["others"]) for line in lines):
+        draw_front(lines, out / "front.svg")
+    if grid["tune"] != "together":
+        draw_matrix(lines, out / "matrix.svg")
 
 
 def main(argv=None):
@@ -595,18 +551,21 @@ def main(argv=None):
     parser.add_argument("--methods", default="lander,layers,lora-all")
     parser.add_argument("--rates", default="1e-3")
     parser.add_argument("--seeds", default="0")
-    parser.add_argument("--plot", type=Path, help="a folder of results; nothing is run")
+    parser.add_argument("--tune", default="together", choices=("together", "each", "in-turn"))
+    parser.add_argument("--plot", type=Path, nargs="+", help="folders of results; nothing is run")
     args, rest = parser.parse_known_args(argv)
 
     def command():
         if args.plot:
-            return plot(args.plot)
+            for out in args.plot:
+                plot(out)
+            return
         settings = lander.Settings(**lander.parse_arguments(rest))
         if not (settings.out and settings.weights and settings.data):
             raise InputError("--weights, --data and --out name what to compare on, and where to")
         rates = [float(rate) for rate in args.rates.split(",")]
         seeds = [int(seed) for seed in args.seeds.split(",")]
-        run_grid(settings, args.methods.split(","), rates, seeds)
+        run_grid(settings, args.methods.split(","), rates, seeds, args.tune)
 
     return exit_status(command)
 
