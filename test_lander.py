@@ -35,7 +35,7 @@ import lander
 import model
 from data import InputError, list_pairs, load_tokenizer, make_batches, read_parallel, render
 from model import Config, Decoder, Family, load_model, save_model
-from study import compare, demo, fuzz, methods
+from study import compare, demo, fuzz, methods, probe
 
 SHARED = Path(__file__).resolve().parent.parent / "shared"
 
@@ -1357,10 +1357,12 @@ TRAINED_BY = {
     "k=1": r"blocks\.1\.ffn\.(general\.|specific\.en-de\.|router\.en-de)",
     "epsilon=0.5": r"blocks\.[12]\.ffn\.(general\.|specific\.en-de\.|router\.en-de)",
     "owners-by-language": r"blocks\.[12]\.ffn\.(general\.|specific\.en-de\.|router\.en-de)",
+    "owners-by-target": r"blocks\.[12]\.ffn\.(general\.|specific\.en-de\.|router\.en-de)",
     "shared-owners": r"blocks\.[12]\.ffn\.(general\.|specific\.en-de\.|router\.en-de)",
     "low-rank": r"blocks\.[12]\.ffn\.((general|specific\.en-de)\..*\.lora_[ab]|router\.en-de)",
     "channels": r"blocks\.\d\.attention\..*original",
     "channels-half": r"blocks\.\d\.attention\..*original",
+    "channels-half-target": r"blocks\.\d\.attention\..*original",
     "channels-half-random": r"blocks\.\d\.attention\..*original",
     "channels-of-layers": r"blocks\.[12]\.attention\..*original",
     "attention-of-layers": r"blocks\.[12]\.attention\.",
@@ -1410,10 +1412,10 @@ def test_equal_numbers_of_neurons():
     assert sizes == {round(0.3 * 4 * 128) * (2 * 32 + 1)}
 
 
-@pytest.mark.parametrize("family", ["bloom", "baichuan"])
-def test_a_channel_of_attention_is_its_rows_and_its_column(family):
+@pytest.mark.parametrize("kind", ["bloom", "rotary"])
+def test_a_channel_of_attention_is_its_rows_and_its_column(kind):
     """BLOOM's fused rows taken for Baichuan's: other channels would learn, and nothing would show it."""
-    decoder = tiny_decoder(family, layers=2)
+    decoder = tiny_decoder(kind, layers=2)
     D, H = decoder.config.hidden_size, decoder.config.heads
     learn = torch.zeros(1, D, dtype=torch.bool)
     learn[0, [3, D - 1]] = True
@@ -1429,7 +1431,7 @@ def test_a_channel_of_attention_is_its_rows_and_its_column(family):
     )
     seen = changed[:, 0].nonzero().flatten().tolist()
     d = D // H
-    if family == "bloom":
+    if kind == "bloom":
         expected = [(i // d * 3 + part) * d + i % d for i in (3, D - 1) for part in range(3)]
     else:
         expected = [part * D + i for i in (3, D - 1) for part in range(3)]
@@ -1556,6 +1558,60 @@ def test_the_best_rate_is_chosen_on_validation_loss():
     rates = compare.by_method(lines)["full"]
     assert compare.best_rate(rates) == 0.1
     assert compare.gain_at_equal_forgetting(rates) == 4.0  # the other loses 1.25, more than 0.5
+
+
+# --------------------------------------------------------------------------------------------------
+# What scores, groups and routers say (study/probe.py)
+
+
+def test_removed_neurons_are_gone():
+    """Rows for columns: as many weights would be zero, and other neurons gone."""
+    decoder = tiny_decoder("bloom", layers=2).requires_grad_(False)
+    scores = torch.rand(2, 128, generator=torch.Generator().manual_seed(0))
+    parts = list(probe.tenths(scores))
+    assert torch.stack(parts).sum(0).eq(1).all()  # each neuron in one tenth
+    assert scores[parts[0]].max() <= scores[parts[-1]].min()
+    x = torch.randn(2, 3, decoder.config.hidden_size)
+    kept = (~parts[3][1]).nonzero().flatten().tolist()
+    expected = decoder.blocks[1].ffn.part(kept, torch.float32)(x) + decoder.blocks[1].ffn.down.bias
+    probe.removed(decoder, parts[3])
+    assert_close(decoder.blocks[1].ffn(x), expected)
+
+
+def test_agreement_by_hand():
+    first = torch.tensor([[0, 0, 1, -1, -1, -1, -1, -1]])
+    second = torch.tensor([[0, 1, -1, 1, -1, -1, -1, -1]])
+    found = probe.agreement(first, second)
+    assert found["specific in both"] == pytest.approx(2 / 3)
+    assert found["by chance"] == pytest.approx(3 / 8)
+    assert found["same owner"] == 0.5 and found["same owner by chance"] == 0.5
+    names = [("en-de", "de-en"), ("en-de", "en-fr"), ("fr-de", "en-de"), ("en-de", "fr-cs")]
+    found = [probe.relation(*pair) for pair in names]
+    assert found == ["reversed", "same source", "same target", "neither"]
+
+
+def test_kinds_of_tokens_and_their_factors():
+    """A token taken for its neighbour; CAR of another x than the one that the FFN reads."""
+    ids, kinds = probe.kinds_of_tokens(Letters, "en-de", "A house", "Ein Haus")
+    prompt, answer = render(Letters, "en-de", "A house", "Ein Haus")
+    assert ids == prompt + answer[:-1] and len(kinds) == len(ids)
+    source = [token for token, kind in zip(ids, kinds) if kind == "source"]
+    assert source == Letters.encode("A house")
+    assert [token for token, kind in zip(ids, kinds) if kind == "target"] == answer[:-1]
+    decoder = tiny_decoder("bloom", vocabulary=128, layers=4)
+    methods.METHODS["lander"](decoder, small_context(decoder))
+    ffn = decoder.blocks[1].ffn
+    with torch.no_grad():
+        ffn.router["en-de"].normal_()
+    read = []
+    handle = ffn.general.register_forward_pre_hook(lambda part, inputs: read.append(inputs[0]))
+    whole = ffn.register_forward_pre_hook(lambda part, inputs: read.append(inputs[0]))
+    found = probe.factors(decoder, Letters, "en-de", [("A house", "Ein Haus")])
+    handle.remove()
+    whole.remove()
+    expected = (read[1] / read[0])[0].mean(-1)  # what the general branch reads over x, [T]
+    values = {kind: iter(own) for kind, own in found[1].items()}
+    assert_close(torch.tensor([next(values[kind]) for kind in kinds]), expected.detach())
 
 
 # --------------------------------------------------------------------------------------------------

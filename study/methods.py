@@ -307,19 +307,32 @@ def own_groups(context, general, own):
     return groups
 
 
-def owners_by_language(model, context):
-    """Neurons belong to languages: a pair's own are those of its source and of its target."""
+def split_by_language(context, awareness, sides, epsilon=None):
+    """General units, and those that the tuned pair's languages own: two of [K, F] bool.
+
+    A language scores what its pairs score on average: those that have it on one of the `sides`, 0
+    for sources and 1 for targets. awareness: [P, K, F]
+    """
     (pair,) = context.tuned
-    pairs, selected = list(context.inputs.scoring), select(context)[pair]
-    scaled = lander.scale_awareness(context.awareness[:, selected])  # [P, K, F]
-    codes = sorted({code for name in pairs for code in split_pair(name)})
-    rows = [[code in split_pair(name) for name in pairs] for code in codes]
-    by_language = torch.stack([scaled[torch.tensor(row)].mean(0) for row in rows])
-    owner = lander.categorize(by_language, context.settings.epsilon)
+    pairs = [split_pair(name) for name in context.inputs.scoring]
+    codes = sorted({names[side] for names in pairs for side in sides})
+    scaled, scores = lander.scale_awareness(awareness), []
+    for code in codes:
+        has_code = [any(names[side] == code for side in sides) for names in pairs]
+        scores.append(scaled[torch.tensor(has_code)].mean(0))
+    epsilon = context.settings.epsilon if epsilon is None else epsilon
+    owner = lander.categorize(torch.stack(scores), epsilon)
     own = torch.zeros_like(owner, dtype=torch.bool)
-    for code in split_pair(pair):
-        own |= owner == codes.index(code)
-    return install(model, context, own_groups(context, owner == -1, own))
+    for side in sides:
+        own |= owner == codes.index(split_pair(pair)[side])
+    return owner == -1, own
+
+
+def owners_by_language(model, context, sides):
+    """Neurons belong to languages: a pair's own are those of its languages on these sides."""
+    (selected,) = select(context).values()
+    general, own = split_by_language(context, context.awareness[:, selected], sides)
+    return install(model, context, own_groups(context, general, own))
 
 
 SHARED_ABOVE = 0.9
@@ -408,6 +421,13 @@ def channels(model, context, epsilon=None):
     return attention_channels(model, context, layers, learning_channels(context, layers, epsilon))
 
 
+def channels_by_target(model, context, epsilon):
+    """General channels and those of the target language, of all layers."""
+    layers = list(range(model.config.layers))
+    general, own = split_by_language(context, context.channels, (1,), epsilon)
+    return attention_channels(model, context, layers, general | own)
+
+
 def channels_random(model, context, epsilon):
     """As many channels as `channels` trains in each layer, by chance."""
     layers = list(range(model.config.layers))
@@ -457,17 +477,19 @@ METHODS = {
     "lora-all": lora_all,
     "adapters": adapters,
     "adapter-lora": adapter_lora,
-    "owners-by-language": owners_by_language,
+    "owners-by-language": partial(owners_by_language, sides=(0, 1)),
+    "owners-by-target": partial(owners_by_language, sides=(1,)),
     "shared-owners": shared_owners,
     "low-rank": low_rank,
     "channels": channels,
     "channels-half": partial(channels, epsilon=0.5),
+    "channels-half-target": partial(channels_by_target, epsilon=0.5),
     "channels-half-random": partial(channels_random, epsilon=0.5),
     "channels-of-layers": channels_of_layers,
     "attention-of-layers": attention_of_layers,
     "both": both,
 }
-METHODS |= {f"k={k}": partial(landermt, k=k) for k in (1, 2, 3, 4, 5)}
+METHODS |= {f"k={k}": partial(landermt, k=k) for k in (1, 2, 3, 4, 5, 7)}
 METHODS |= {f"epsilon={e}": partial(landermt, epsilon=e) for e in (0.5, 0.75, 0.8, 0.85, 0.95, 1.0)}
 
 
