@@ -220,7 +220,7 @@ LORA_RANK, LORA_ALPHA = 8, 16  # alpha = 2 r, as in practice
 def add_lora(model, wanted):
     """Put a LoRA around the linear layers of the blocks whose names satisfy `wanted`."""
     for name, module in list(model.blocks.named_modules()):
-        if isinstance(module, Linear) and wanted(name):
+        if isinstance(module, Linear) and wanted(name) and module.weight.numel():
             parent, _, child = name.rpartition(".")
             setattr(model.blocks.get_submodule(parent), child, LoRA(module, LORA_RANK, LORA_ALPHA))
 
