@@ -303,15 +303,21 @@ def best_rate(rates):
     return min(rates, key=valid_loss)
 
 
-EQUAL_FORGETTING = 0.5  # BLEU
+EQUAL_FORGETTING = 1.0  # BLEU
 
 
 def gain_at_equal_forgetting(rates):
-    """The largest mean gain of a rate at which the other pairs lose at most EQUAL_FORGETTING."""
-    best = -math.inf
+    """The gain where the other pairs lose EQUAL_FORGETTING, or less: the highest on the line from the
+    start through the means at each rate. rates: rate -> lines"""
+    points = [(0.0, 0.0)]  # lost by the others, gained by the tuned
     for lines in rates.values():
-        if mean(gains(line)["others"] for line in lines) >= -EQUAL_FORGETTING:
-            best = max(best, mean(gains(line)["tuned"] for line in lines))
+        lost = -mean(gains(line)["others"] for line in lines)
+        points.append((lost, mean(gains(line)["tuned"] for line in lines)))
+    best = max(gained for lost, gained in points if lost <= EQUAL_FORGETTING)
+    for (lost, gained), (more_lost, more_gained) in zip(points, points[1:]):
+        if min(lost, more_lost) <= EQUAL_FORGETTING < max(lost, more_lost):
+            way = (EQUAL_FORGETTING - lost) / (more_lost - lost)
+            best = max(best, gained + way * (more_gained - gained))
     return best
 
 
@@ -331,8 +337,7 @@ def show_table(lines):
         row = f"{name:<21}{rate:>7g}{len(own):>6}{own[0]['trained']:>10,}{valid:>7.3f}"
         for kind in ("tuned", "others"):
             row += f"{spread([change[kind] for change in changes]):>25}"
-        equal = gain_at_equal_forgetting(rates)
-        print(row + (f"{equal:>+21.2f}" if equal > -math.inf else f"{'-':>21}"))
+        print(row + f"{gain_at_equal_forgetting(rates):>+21.2f}")
 
 
 BASELINES = ("full", "lora-all", "attention")

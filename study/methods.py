@@ -451,6 +451,13 @@ def both(model, context):
     return {pair: attention[pair] | ffn[pair] for pair in context.tuned}
 
 
+def both_of_layers(model, context):
+    """Channels of attention and neurons of the FFN, in the same layers."""
+    attention = channels_of_layers(model, context)
+    ffn = landermt(model, context)
+    return {pair: attention[pair] | ffn[pair] for pair in context.tuned}
+
+
 def attention_of_layers(model, context):
     """Every attention weight of the layers that representation analysis selects."""
     (selected,) = select(context).values()
@@ -488,6 +495,7 @@ METHODS = {
     "channels-of-layers": channels_of_layers,
     "attention-of-layers": attention_of_layers,
     "both": both,
+    "both-of-layers": both_of_layers,
 }
 METHODS |= {f"k={k}": partial(landermt, k=k) for k in (1, 2, 3, 4, 5, 7)}
 METHODS |= {f"epsilon={e}": partial(landermt, epsilon=e) for e in (0.5, 0.75, 0.8, 0.85, 0.95, 1.0)}
