@@ -39,7 +39,8 @@ import lander
 from data import InputError, exit_status, locked, make_batches, read_json, read_lines, read_tensors
 from data import render, split_pair, write_json, write_tensors
 from model import load_model
-from study.methods import L2_DECAY, METHODS, Context, draw_to_start, interpolate
+from study.methods import L2_DECAY, METHODS, PARTS, RIVALS, VARIANTS, Context, draw_to_start
+from study.methods import interpolate
 
 
 # --------------------------------------------------------------------------------------------------
@@ -86,10 +87,12 @@ def parse_method(name):
 
     InputError for what is no method.
     """
-    match = re.fullmatch(r"([^:+@]+)(?::(\d+))?((?:\+(?:replay|l2))*)(?:@([\d.]+))?", name)
+    match = re.fullmatch(r"([^:+@]+)(?::(\d+))?((?:\+(?:replay|l2))*)(?:@(\d*\.?\d+))?", name)
     if not match or not (match[1] in METHODS or match[1] in SHOTS):
         known = ", ".join([*SHOTS, *METHODS])
         raise InputError(f"method {name!r}: expected {known}, with :N, +replay, +l2, @PART")
+    if match[4] and "l2" in match[3]:
+        raise InputError(f"method {name!r}: +l2 is trained in another form, and has no @PART")
     size, part = match[2] and int(match[2]), match[4] and float(match[4])
     return match[1], size, set(match[3].split("+")[1:]), part
 
@@ -138,7 +141,7 @@ def train(model, context, learners, pairs, size, extras, folder):
     settings = replace(settings, steps=lander.count_steps(examples, settings))
     if size:
         for pair, own in examples.items():
-            examples[pair] = random.Random(settings.seed).sample(own, size)
+            examples[pair] = random.Random(settings.seed).sample(own, min(size, len(own)))
     if "replay" in extras:
         everything = lander.merged(learners)
         for pair, own in context.inputs.scoring.items():
@@ -403,25 +406,39 @@ def save(figure, path):
 
 
 FARTHEST = -12  # what forgets more is off the picture
+SHOWN = {"the method and its parts": PARTS, "rivals": RIVALS, "variants": VARIANTS}
 
 
 def draw_front(lines, path):
-    """What was gained against what was forgotten: a line a method over rates, a dot a seed."""
+    """What was gained against what was forgotten: a line a method from the start over its rates, a
+    dot a seed. LANDeRMT is in every row."""
     plt = pyplot()
-    figure, panels = plt.subplots(1, 2, figsize=(12, 6), sharey=True)
-    for axes, kind in zip(panels, ("same target", "other target")):
-        for number, (name, rates) in enumerate(by_method(lines).items()):
-            style = {"color": plt.cm.tab20(number % 20), "marker": "osD^vP*X<>"[number % 10]}
-            means = []
-            for own in rates.values():
-                points = [(gains(line)[kind], gains(line)["tuned"]) for line in own]
-                axes.plot(*zip(*points), linestyle="", alpha=0.35, markersize=4, **style)
-                means.append([mean(values) for values in zip(*points)])
-            axes.plot(*zip(*means), label=name, **style)
-        axes.set(xlabel=f"mean change of BLEU, other pairs, {kind}", ylabel="change, tuned pairs")
+    figure, panels = plt.subplots(len(SHOWN), 2, figsize=(11, 13), sharex=True, sharey=True)
+    for row, (title, group) in zip(panels, SHOWN.items()):
+        cells = by_method(lines)
+        names = ["lander"] + [name for name in group if name != "lander"]
+        for number, name in enumerate(name for name in names if name in cells):
+            style = {
+                "color": "black" if number == 0 else plt.cm.tab20(2 * number % 20 + number // 10)
+            }
+            style["marker"] = "osD^vPX<>*dph"[number]
+            for axes, kind in zip(row, ("same target", "other target")):
+                means = [(0.0, 0.0)]
+                for own in cells[name].values():
+                    points = [(gains(line)[kind], gains(line)["tuned"]) for line in own]
+                    axes.plot(*zip(*points), linestyle="", alpha=0.35, markersize=4, **style)
+                    means.append([mean(values) for values in zip(*points)])
+                axes.plot(*zip(*means), label=name, linewidth=1, **style)
+                axes.set_title(
+                    f"{title}; other pairs into the {kind}".replace("the other", "another")
+                )
+                axes.grid(alpha=0.3)
+        row[0].set_ylabel("change of BLEU, tuned pairs")
+        row[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    for axes in panels[-1]:
+        axes.set_xlabel("mean change of BLEU, other pairs")
         axes.set_xlim(left=max(axes.get_xlim()[0], FARTHEST))
-        axes.grid(alpha=0.3)
-    panels[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.tight_layout()
     save(figure, path)
 
 
@@ -551,11 +568,20 @@ def plot(out):
         draw_matrix(lines, out / "matrix.svg")
 
 
+def numbers(kind):
+    """ "1,2" -> [1, 2]"""
+
+    def parse(text):
+        return [kind(word) for word in text.split(",")]
+
+    return parse
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--methods", default="lander,layers,lora-all")
-    parser.add_argument("--rates", default="1e-3")
-    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--rates", default=[1e-3], type=numbers(float))
+    parser.add_argument("--seeds", default=[0], type=numbers(int))
     parser.add_argument("--tune", default="together", choices=("together", "each", "in-turn"))
     parser.add_argument("--plot", type=Path, nargs="+", help="folders of results; nothing is run")
     args, rest = parser.parse_known_args(argv)
@@ -568,9 +594,7 @@ def main(argv=None):
         settings = lander.Settings(**lander.parse_arguments(rest))
         if not (settings.out and settings.weights and settings.data):
             raise InputError("--weights, --data and --out name what to compare on, and where to")
-        rates = [float(rate) for rate in args.rates.split(",")]
-        seeds = [int(seed) for seed in args.seeds.split(",")]
-        run_grid(settings, args.methods.split(","), rates, seeds, args.tune)
+        run_grid(settings, args.methods.split(","), args.rates, args.seeds, args.tune)
 
     return exit_status(command)
 

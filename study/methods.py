@@ -465,7 +465,7 @@ def attention_of_layers(model, context):
     return weights(model, context, lambda name: name.startswith(places))
 
 
-METHODS = {
+PARTS = {
     "lander": landermt,
     "no-car": no_car,
     "specific-only": specific_only,
@@ -476,6 +476,8 @@ METHODS = {
     "neurons-aware": neurons_aware,
     "neurons-relative": neurons_relative,
     "neurons-least": neurons_least,
+}
+RIVALS = {
     "full": full,
     "layers": layers,
     "ffn": all_ffn,
@@ -484,21 +486,24 @@ METHODS = {
     "lora-all": lora_all,
     "adapters": adapters,
     "adapter-lora": adapter_lora,
+}
+VARIANTS = {
     "owners-by-language": partial(owners_by_language, sides=(0, 1)),
     "owners-by-target": partial(owners_by_language, sides=(1,)),
     "shared-owners": shared_owners,
     "low-rank": low_rank,
+    "attention-of-layers": attention_of_layers,
+    "channels-of-layers": channels_of_layers,
+    "both-of-layers": both_of_layers,
+    "both": both,
     "channels": channels,
     "channels-half": partial(channels, epsilon=0.5),
     "channels-half-target": partial(channels_by_target, epsilon=0.5),
     "channels-half-random": partial(channels_random, epsilon=0.5),
-    "channels-of-layers": channels_of_layers,
-    "attention-of-layers": attention_of_layers,
-    "both": both,
-    "both-of-layers": both_of_layers,
 }
-METHODS |= {f"k={k}": partial(landermt, k=k) for k in (1, 2, 3, 4, 5, 7)}
-METHODS |= {f"epsilon={e}": partial(landermt, epsilon=e) for e in (0.5, 0.75, 0.8, 0.85, 0.95, 1.0)}
+SWEEPS = {f"k={k}": partial(landermt, k=k) for k in (1, 2, 3, 4, 5, 7)}
+SWEEPS |= {f"epsilon={e}": partial(landermt, epsilon=e) for e in (0.5, 0.75, 0.8, 0.85, 0.95, 1.0)}
+METHODS = PARTS | RIVALS | VARIANTS | SWEEPS
 
 
 # --------------------------------------------------------------------------------------------------
