@@ -406,16 +406,18 @@ def save(figure, path):
 
 
 FARTHEST = -12  # what forgets more is off the picture
-SHOWN = {"the method and its parts": PARTS, "rivals": RIVALS, "variants": VARIANTS}
 
 
 def draw_front(lines, path):
     """What was gained against what was forgotten: a line a method from the start over its rates, a
     dot a seed. LANDeRMT is in every row."""
     plt = pyplot()
-    figure, panels = plt.subplots(len(SHOWN), 2, figsize=(11, 13), sharex=True, sharey=True)
-    for row, (title, group) in zip(panels, SHOWN.items()):
-        cells = by_method(lines)
+    cells = by_method(lines)
+    rows = {"the method and its parts": PARTS, "rivals": RIVALS, "variants": VARIANTS}
+    rows["cheap rivals of any method"] = [name for name in cells if re.search("[@+]", name)]
+    size = 11, 3.4 * len(rows)
+    figure, panels = plt.subplots(len(rows), 2, figsize=size, sharex=True, sharey=True)
+    for row, (title, group) in zip(panels, rows.items()):
         names = ["lander"] + [name for name in group if name != "lander"]
         for number, name in enumerate(name for name in names if name in cells):
             style = {
