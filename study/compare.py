@@ -332,14 +332,14 @@ def spread(values):
 def show_table(lines):
     """Change of BLEU over seeds, of every method at its best rate, and at equal forgetting."""
     print(f"{'method':<21}{'rate':>7}{'cells':>6}{'weights':>10}{'valid':>7}", end="")
-    print(f"{'tuned':>25}{'others':>25}{'at equal forgetting':>21}")
+    print(f"{'tuned':>27}{'others':>27}{'at equal forgetting':>21}")
     for name, rates in by_method(lines).items():
         rate = best_rate(rates)
         own, changes = rates[rate], [gains(line) for line in rates[rate]]
         valid = mean(loss for line in own for loss in line["valid_loss"].values())
         row = f"{name:<21}{rate:>7g}{len(own):>6}{own[0]['trained']:>10,}{valid:>7.3f}"
         for kind in ("tuned", "others"):
-            row += f"{spread([change[kind] for change in changes]):>25}"
+            row += f"{spread([change[kind] for change in changes]):>27}"
         print(row + f"{gain_at_equal_forgetting(rates):>+21.2f}")
 
 
@@ -436,7 +436,8 @@ def draw_front(lines, path):
                 )
                 axes.grid(alpha=0.3)
         row[0].set_ylabel("change of BLEU, tuned pairs")
-        row[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+        if row[1].lines:
+            row[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     for axes in panels[-1]:
         axes.set_xlabel("mean change of BLEU, other pairs")
         axes.set_xlim(left=max(axes.get_xlim()[0], FARTHEST))
@@ -533,7 +534,7 @@ def show_series(found, label):
         for x, own in points.items():
             changes = [gains(line) for line in own]
             row = "".join(
-                f"{spread([c[kind] for c in changes]):>25}" for kind in ("tuned", "others")
+                f"{spread([c[kind] for c in changes]):>27}" for kind in ("tuned", "others")
             )
             print(f"{name:<17}{x:>7g}{len(own):>6}{row}")
 
