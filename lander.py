@@ -5,6 +5,7 @@
 
     python lander.py --pair en-de --weights bloom-7b1/ --data wmt16/     # the whole method
     python lander.py --pair en-de --tuned runs/en-de --translate FILE    # translate with its result
+    python lander.py --tuned runs/en-de --export DIR                     # as a published checkpoint
     python lander.py                                                     # a demo, offline
 
 The idea. Finetuning all weights on one language pair overwrites what others need. But an FFN is a
@@ -66,6 +67,7 @@ import json
 import math
 import random
 import shlex
+import shutil
 import signal
 import sys
 import textwrap
@@ -86,7 +88,7 @@ from data import InputError, exit_status, find_parallel, fingerprint, first_line
 from data import has_line_break, line_ends, list_pairs, load_tokenizer, locked, make_batch
 from data import make_batches, parse_json, read_json, read_lines, read_parallel, read_tensors
 from data import render, split_pair, tokenizer_file, write_json, write_lines, write_tensors
-from model import Config, checkpoint_files, load_model
+from model import FFN, Config, checkpoint_files, load_model, save_model
 
 
 # --------------------------------------------------------------------------------------------------
@@ -305,14 +307,16 @@ class RoutedFFN(nn.Module):
     def __init__(self, ffn, specific, share, routing=True):
         super().__init__()
         owned = set().union(*specific.values())
-        general = [i for i in range(ffn.up.out_features) if i not in owned]
         others = owned.difference(*(specific[pair] for pair in share))
-        self.general = ffn.part(general, torch.float32)
+        self.neurons = {pair: specific[pair] for pair in share}  # numbers, of each part
+        self.neurons["general"] = [i for i in range(ffn.up.out_features) if i not in owned]
+        self.neurons["rest"] = sorted(others)
+        self.general = ffn.part(self.neurons["general"], torch.float32)
         self.specific = nn.ModuleDict()
         for pair in share:
             self.specific[pair] = ffn.part(specific[pair], torch.float32)
-        self.rest = ffn.part(sorted(others), ffn.up.weight.dtype)
-        self.output_bias = ffn.down.bias
+        self.rest = ffn.part(self.neurons["rest"], ffn.up.weight.dtype)
+        self.config, self.output_bias = ffn.config, ffn.down.bias
         self.share, self.router = {}, nn.ParameterDict()  # router: pair -> w_p [D]
         for pair in share:
             if routing and share[pair] is not None:
@@ -345,6 +349,17 @@ class RoutedFFN(nn.Module):
         for pair, part in self.specific.items():
             y = y + part(x_specific if pair == self.pair else x)
         return y if self.output_bias is None else y + self.output_bias
+
+    def whole(self):
+        """The parts put together again as one FFN, without routing, in the frozen part's type."""
+        with torch.device(self.rest.up.weight.device):
+            ffn = FFN(self.config).to(self.rest.up.weight.dtype)
+        ffn.put(self.neurons["general"], self.general)
+        ffn.put(self.neurons["rest"], self.rest)
+        for pair, part in self.specific.items():
+            ffn.put(self.neurons[pair], part)
+        ffn.down.bias = self.output_bias
+        return ffn
 
 
 def install_routing(model, groups, routing=True):
@@ -595,7 +610,8 @@ class Settings:
     no_routing: bool = option(False, "train the same neurons without CAR")
     resume: bool = option(False, "go on with an interrupted run")
     translate: str = option("", "translate the lines of a file, or of - (standard input)")
-    tuned: str = option("", "folder of a finished run, for --translate")
+    tuned: str = option("", "folder of a finished run, for --translate or --export")
+    export: str = option("", "folder to write the tuned model to, as a published checkpoint")
 
     def __post_init__(self):
         for name, (lowest, highest) in RANGES.items():
@@ -606,10 +622,11 @@ class Settings:
         for name, value in asdict(self).items():
             if isinstance(value, str) and "\0" in value:
                 raise InputError(f"{flag_of(name)} has a NUL character")
-        if self.tuned and not self.translate:
-            raise InputError("--tuned needs --translate, what to translate with that run")
-        if self.translate and not self.tuned:
-            raise InputError("--translate needs --tuned, the folder of a finished run")
+        if self.tuned and not (self.translate or self.export):
+            raise InputError("--tuned needs --translate or --export, what to do with that run")
+        for name in ("translate", "export"):
+            if getattr(self, name) and not self.tuned:
+                raise InputError(f"{flag_of(name)} needs --tuned, the folder of a finished run")
         if not 0 <= self.epsilon <= 1:
             raise InputError(f"--epsilon is {self.epsilon}, expected a share from 0 to 1")
         if not 0 < self.lr < math.inf:
@@ -1178,30 +1195,35 @@ def tune(settings, folder):
     return results
 
 
+def load_tuned(settings):
+    """A finished run. -> the tuned model, its tokenizer, the tuned pairs"""
+    folder = Path(settings.tuned)
+    tuned_path = folder / "tuned.safetensors"
+    if not tuned_path.exists():
+        raise InputError(f"{folder}: not the folder of a finished run, it has no {tuned_path.name}")
+    args = read_args(folder)
+    weights = settings.weights or args["weights"]
+    config, tokenizer = open_checkpoint(weights)
+    groups = read_groups(folder / "neurons.json", config)
+    model = load_model(weights, *choose_device(settings))
+    install_routing(model, groups, not args["no_routing"])
+    tuned = set().union(*(group["share"] for group in groups.values()))
+    learners = {pair: what_learns(model, pair) for pair in tuned}
+    load_parameters(tuned_path, read_tensors(tuned_path), merged(learners))
+    return model, tokenizer, sorted(tuned)
+
+
 LINES_AT_A_TIME = 1000  # sorted by length; their translations come in order
 
 
 def translate(settings):
     """Translate lines with a finished run, to stdout: one line out for each line in."""
     split_pair(settings.pair)
-    folder = Path(settings.tuned)
-    tuned_path = folder / "tuned.safetensors"
-    if not tuned_path.exists():
-        raise InputError(f"{folder}: not the folder of a finished run, it has no {tuned_path.name}")
-    args = read_args(folder)
     source = "/dev/stdin" if settings.translate == "-" else settings.translate
     sources = read_lines(Path(source))
-    weights = settings.weights or args["weights"]
-    device, dtype = choose_device(settings)
-    config, tokenizer = open_checkpoint(weights)
-    groups = read_groups(folder / "neurons.json", config)
-    model = load_model(weights, device, dtype)
-    install_routing(model, groups, not args["no_routing"])
-    tuned = set().union(*(group["share"] for group in groups.values()))
-    learners = {pair: what_learns(model, pair) for pair in tuned}
-    load_parameters(tuned_path, read_tensors(tuned_path), merged(learners))
+    model, tokenizer, tuned = load_tuned(settings)
     if settings.pair not in tuned:
-        found = f"{settings.pair} was not tuned in {folder} ({args['pair']})"
+        found = f"{settings.pair} was not tuned in {settings.tuned} ({', '.join(tuned)})"
         print(f"{found}: general neurons, no routing", file=sys.stderr)
     cut = 0
     for first in range(0, len(sources), LINES_AT_A_TIME):
@@ -1218,6 +1240,39 @@ def translate(settings):
         print(f"{cut} of {len(sources)} ran to their limit, as a loop does", file=sys.stderr)
 
 
+# What of a checkpoint folder goes with the weights: tokenizers and how to generate. No code.
+COMPANIONS = [
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "generation_config.json",
+]
+COMPANIONS += ["special_tokens_map.json", "added_tokens.json"]
+
+
+def export(settings):
+    """Write a finished run as a published checkpoint: trained neurons back in their places.
+
+    In the type that the run computes in (--dtype). InputError for a routed run.
+    """
+    folder = Path(settings.export)
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder}: not empty")
+    model, _, _ = load_tuned(settings)
+    for layer, ffn in routed_layers(model).items():
+        if ffn.share:
+            expected = "no place in a published checkpoint; tune with --no-routing to export"
+            raise InputError(f"{settings.tuned}: its tokens are routed, which has {expected}")
+        model.blocks[layer].ffn = ffn.whole()
+    weights = Path(settings.weights or read_args(Path(settings.tuned))["weights"])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in COMPANIONS:
+        if (weights / name).exists():
+            shutil.copyfile(weights / name, folder / name)
+    save_model(model, folder)
+    say(f"{folder}: {model.config.family} in {model.embedding.weight.dtype}")
+
+
 def main(argv=None):
     """The command line. -> exit status: 0 done, 2 bad input or arguments, 130 interrupted"""
     argv = sys.argv[1:] if argv is None else argv
@@ -1226,6 +1281,8 @@ def main(argv=None):
         given = parse_arguments(argv)
         settings = Settings(**given)
         torch.manual_seed(settings.seed)
+        if settings.export:
+            return export(settings)
         if settings.translate:
             return translate(settings)
         try:

@@ -410,6 +410,14 @@ class FFN(nn.Module):
         part.load_state_dict(own, assign=True)
         return part
 
+    @torch.no_grad()
+    def put(self, index, part):
+        """Write a part back to where it came from: the inverse of part(index)."""
+        index = torch.tensor(index, dtype=torch.long, device=self.up.weight.device)
+        own = self.state_dict()
+        for name, weight in part.state_dict().items():
+            own[name].index_copy_(NEURON_DIMENSION[name], index, weight.to(own[name].dtype))
+
 
 class Block(nn.Module):
     """Attention, then feed-forward, each on the norm of the residual stream x and added to it."""

@@ -374,6 +374,21 @@ def test_parts_add_up_to_the_whole(kind):
     }
 
 
+@pytest.mark.parametrize("kind", [*KINDS, "biased gate"])
+def test_a_routed_ffn_can_be_made_whole_again(kind):
+    """Neurons put back in other places; general ones that were trained, lost."""
+    decoder = with_biases(tiny_decoder("rotary")) if kind == "biased gate" else tiny_decoder(kind)
+    ffn = decoder.blocks[0].ffn
+    specific = {"en-de": [5, 2], "fr-en": [7], "en-cs": []}
+    routed = lander.RoutedFFN(ffn, specific, {"en-de": None, "en-cs": None})
+    for name, weight in routed.whole().state_dict().items():
+        assert torch.equal(weight, ffn.state_dict()[name])
+    with torch.no_grad():
+        routed.specific["en-de"].up.weight += 1.0
+    changed = (routed.whole().up.weight != ffn.up.weight).any(1)
+    assert changed.nonzero().flatten().tolist() == [2, 5]
+
+
 def test_a_part_is_a_copy_in_its_own_type():
     """Training a part must not write into the FFN that it was taken from, nor into the checkpoint's file."""
     ffn = tiny_decoder("bloom").bfloat16().blocks[0].ffn
@@ -904,6 +919,37 @@ def test_translating_with_a_finished_run(world, tmp_path, monkeypatch, capsys):
     assert len(captured.out.split("\n")) == 7 and "qab-qac was not tuned" in captured.err
 
 
+def test_an_exported_run_is_a_published_checkpoint(world, tmp_path, monkeypatch, capsys):
+    """Neurons in other places than they came from; the frozen model; weights rounded on the way."""
+    monkeypatch.chdir(tmp_path)
+    assert lander.main(arguments(world, "--no-routing", "--steps", "3")) == 0
+    words = ["--tuned", "run", "--export"]
+    assert lander.main([*words, "exported"]) == 0, capsys.readouterr().err
+    settings = lander.Settings(tuned="run", export="exported")
+    tuned, tokenizer, pairs = lander.load_tuned(settings)
+    exported = load_model("exported")
+    ids = torch.randint(4, tokenizer.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
+    assert pairs == ["qaa-qab"]
+    assert_close(exported(ids), tuned(ids))
+    base = load_model(world / "weights", dtype=torch.float32)
+    assert not torch.allclose(exported(ids), base(ids), atol=1e-3)
+    assert torch.equal(exported.embedding.weight, base.embedding.weight)
+    expected = (world / "weights" / "tokenizer.json").read_bytes()
+    assert Path("exported/tokenizer.json").read_bytes() == expected
+    assert lander.main([*words, "exported"]) == 2
+    assert "exported: not empty" in capsys.readouterr().err
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained("exported").eval()
+    assert_close(exported(ids), theirs(ids).logits)
+
+
+def test_a_routed_run_is_not_exported(finished, tmp_path, capsys):
+    """Written without its routers it would be another model."""
+    assert lander.main(["--tuned", str(finished), "--export", str(tmp_path / "exported")]) == 2
+    assert "its tokens are routed" in capsys.readouterr().err
+    assert not (tmp_path / "exported").exists()
+
+
 def test_a_loss_that_is_no_number_stops_the_run(world, tmp_path, monkeypatch, capsys):
     """NaN weights saved over the last good state."""
     monkeypatch.chdir(tmp_path)
@@ -1263,6 +1309,7 @@ BAD_COMMANDS = {
     "evaluation pair without text": (["--eval-pairs", "en-de"], "no test text for en-de"),
     "no run": (["--translate", "-", "--tuned", "nowhere"], "nowhere"),
     "no --tuned": (["--translate", "-"], "--tuned"),
+    "no --tuned to export": (["--export", "x"], "--tuned"),
     "--tuned alone": (["--tuned", "run"], "--translate"),
     "beams": (["--beams", "999999"], "--beams is 999999"),
     "NUL": (["--out", "a\0b"], "--out has a NUL"),
