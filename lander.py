@@ -83,6 +83,7 @@ import torch
 from sacrebleu.metrics import BLEU, CHRF
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from data import InputError, exit_status, find_parallel, fingerprint, first_line, group_by_length
 from data import has_line_break, line_ends, list_pairs, load_tokenizer, locked, make_batch
@@ -152,15 +153,28 @@ def select_layers(differences, k):
 # pass tells for all neurons what removing them one by one would.
 
 
+LOGITS_AT_ONCE = 30_000_000  # 0.48 GB: 16 bytes each, in 16 bits, in fp32, and both gradients
+
+
+def token_losses(model, hidden, targets):
+    """hidden [N, D], targets [N] -> the sum of their negative log-likelihoods, fp32"""
+    return functional.cross_entropy(model.logits(hidden).float(), targets, reduction="sum")
+
+
 def target_loss(model, batch):
     """The sum of the target tokens' negative log-likelihoods, fp32.
 
-    Logits exist at target positions only: V is 250,880 in BLOOM.
+    Logits exist at target positions only, and not for all of them at once: V is 250,880 in BLOOM.
     """
     ids, mask, targets = to_device(batch, model)
     wanted = targets != -100
-    hidden = model.hidden_states(ids, mask)[wanted]  # [targets, D]
-    return functional.cross_entropy(model.logits(hidden).float(), targets[wanted], reduction="sum")
+    hidden, targets = model.hidden_states(ids, mask)[wanted], targets[wanted]  # [N, D], [N]
+    size = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+    if len(targets) <= size:
+        return token_losses(model, hidden, targets)
+    # Checkpointed: the backward pass makes a piece's logits again instead of keeping all.
+    pieces = zip(hidden.split(size), targets.split(size))
+    return sum(checkpoint(token_losses, model, *piece, use_reentrant=False) for piece in pieces)
 
 
 @contextmanager

@@ -214,6 +214,23 @@ def brute_force_awareness(decoder, examples, layers):
     return sums / tokens
 
 
+def test_a_loss_in_pieces_is_the_loss(monkeypatch):
+    """Targets of one piece read as another's; logits of all targets at once."""
+    decoder = tiny_decoder("bloom")
+    (batch,) = batched(random_examples(9))
+    parameters = list(decoder.parameters())
+    expected = lander.target_loss(decoder, batch)
+    gradients = torch.autograd.grad(expected, parameters)
+    widths, logits = [], decoder.logits
+    monkeypatch.setattr(decoder, "logits", lambda x: widths.append(len(x)) or logits(x))
+    monkeypatch.setattr(lander, "LOGITS_AT_ONCE", 4 * decoder.config.vocab_size + 1)
+    loss = lander.target_loss(decoder, batch)
+    assert sum(widths) == lander.count_targets([batch]) > 8 and max(widths) == 4
+    assert_close(loss, expected)
+    for gradient, other in zip(torch.autograd.grad(loss, parameters), gradients):
+        assert_close(gradient, other)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_awareness_equals_brute_force(kind):
     """Labels shifted twice, a mean loss, the absolute value of a sum, padding counted; frozen weights without a graph."""
