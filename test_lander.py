@@ -936,6 +936,61 @@ def test_translating_with_a_finished_run(world, tmp_path, monkeypatch, capsys):
     assert len(captured.out.split("\n")) == 7 and "qab-qac was not tuned" in captured.err
 
 
+ON_PRETEND = """
+import sys
+from study import pretend
+
+library = pretend.register()
+import torch
+import lander
+
+step, calls = lander.train_step, []
+
+
+def interrupted(*arguments):
+    calls.append(1)
+    if len(calls) == 3:
+        raise KeyboardInterrupt
+    return step(*arguments)
+
+
+words = sys.argv[1:]
+translate = ["--tuned", "run", "--pair", "qaa-qab", "--beams", "2", "--translate", "input"]
+with pretend.OnPretend():
+    try:
+        torch.ones(2, device="pretend") + torch.ones(2)
+    except RuntimeError as error:
+        assert "is on the CPU" in str(error)
+    else:
+        sys.exit("tensors of two devices were mixed")
+    lander.SAVE_EVERY, lander.train_step = 0, interrupted
+    assert lander.main(words) == 130
+    lander.train_step = step
+    assert lander.main([*words, "--resume"]) == 0
+    assert lander.main([*translate, *words[:4]]) == 0
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_device_that_is_not_the_cpu(world, tmp_path, monkeypatch, dtype):
+    """A tensor left on the CPU: the first user with CUDA would be the one to find it."""
+    monkeypatch.chdir(tmp_path)
+    words = ["--device", "pretend", "--dtype", dtype, "--beams", "2", "--steps", "4"]
+    words += arguments(world, "--eval-sentences", "2", pair="qaa-qab,qac-qab")
+    Path("input").write_text("\n".join((world / "data" / "test.qaa").read_text().split("\n")[:2]))
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent)}
+    command = [sys.executable, "-c", ON_PRETEND, *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert lander.main([*words, "--device", "cpu", "--out", "here"]) == 0
+    tolerance = 1e-5 if dtype == "float32" else 1e-2
+    losses = []
+    for folder in ("run", "here"):
+        log = map(json.loads, Path(folder, "log.jsonl").read_text().splitlines())
+        losses.append([entry["loss"] for entry in log if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=tolerance) and len(losses[0]) == 4
+
+
 def test_an_exported_run_is_a_published_checkpoint(world, tmp_path, monkeypatch, capsys):
     """Neurons in other places than they came from; the frozen model; weights rounded on the way."""
     monkeypatch.chdir(tmp_path)
