@@ -330,15 +330,18 @@ class RoutedFFN(nn.Module):
             learners[f"router.{pair}"] = self.router[pair]
         return learners
 
+    def factors(self, x):
+        """CAR / share and (1 - CAR) / (1 - share) of a routed pair's tokens. [B, T, D] -> [B, T] each"""
+        share = self.share[self.pair]
+        logit = x.float() @ self.router[self.pair] + math.log(share / (1 - share))  # [B, T]
+        # 1 - CAR as the sigmoid of -logit: a difference would lose all digits where CAR nears 1.
+        return torch.sigmoid(logit) / share, torch.sigmoid(-logit) / (1 - share)
+
     def forward(self, x):
         """[B, T, D] -> [B, T, D]"""
         x_general = x_specific = x
         if self.pair in self.share:
-            share = self.share[self.pair]
-            logit = x.float() @ self.router[self.pair] + math.log(share / (1 - share))  # [B, T]
-            # 1 - CAR as the sigmoid of -logit: a difference would lose all digits where CAR nears 1.
-            general_factor = torch.sigmoid(logit) / share
-            specific_factor = torch.sigmoid(-logit) / (1 - share)
+            general_factor, specific_factor = self.factors(x)
             x_general = general_factor[..., None].to(x.dtype) * x  # [B, T, D]
             x_specific = specific_factor[..., None].to(x.dtype) * x  # [B, T, D]
         y = self.rest(x) + self.general(x_general)
@@ -1181,26 +1184,41 @@ def tune(settings, folder):
 LINES_AT_A_TIME = 1000  # sorted by length; their translations come in order
 
 
-def translate(settings):
-    """Translate lines with a finished run, to stdout: one line out for each line in."""
-    split_pair(settings.pair)
-    folder = Path(settings.tuned)
+def finished_args(folder):
+    """The args of a run. InputError where it is not finished."""
     tuned_path = folder / "tuned.safetensors"
     if not tuned_path.exists():
         raise InputError(f"{folder}: not the folder of a finished run, it has no {tuned_path.name}")
-    args = read_args(folder)
-    source = "/dev/stdin" if settings.translate == "-" else settings.translate
-    sources = read_lines(Path(source))
+    return read_args(folder)
+
+
+def load_tuned(folder, args, settings):
+    """What a finished run made. -> Decoder, tokenizer, groups"""
     weights = settings.weights or args["weights"]
     device, dtype = choose_device(settings)
     config, tokenizer = open_checkpoint(weights)
     groups = read_groups(folder / "neurons.json", config)
     model = load_model(weights, device, dtype)
     install_routing(model, groups, not args["no_routing"])
-    tuned = set().union(*(group["share"] for group in groups.values()))
-    learners = {pair: what_learns(model, pair) for pair in tuned}
+    learners = {pair: what_learns(model, pair) for pair in tuned_pairs(groups)}
+    tuned_path = folder / "tuned.safetensors"
     load_parameters(tuned_path, read_tensors(tuned_path), merged(learners))
-    if settings.pair not in tuned:
+    return model, tokenizer, groups
+
+
+def tuned_pairs(groups):
+    return set().union(*(group["share"] for group in groups.values()))
+
+
+def translate(settings):
+    """Translate lines with a finished run, to stdout: one line out for each line in."""
+    split_pair(settings.pair)
+    folder = Path(settings.tuned)
+    args = finished_args(folder)
+    source = "/dev/stdin" if settings.translate == "-" else settings.translate
+    sources = read_lines(Path(source))
+    model, tokenizer, groups = load_tuned(folder, args, settings)
+    if settings.pair not in tuned_pairs(groups):
         found = f"{settings.pair} was not tuned in {folder} ({args['pair']})"
         print(f"{found}: general neurons, no routing", file=sys.stderr)
     cut = 0
