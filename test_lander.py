@@ -1618,11 +1618,12 @@ def test_kinds_of_tokens_and_their_factors():
 # The report on a run (study/picture.py)
 
 
-def test_a_report(finished, tmp_path, monkeypatch, capsys):
+def test_a_report(world, tmp_path, monkeypatch, capsys):
     """A page that needs another file, that text can break, or that shades tokens by another CAR."""
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(finished, "run")
+    assert lander.main(arguments(world, "--epsilon", "0.5", "--steps", "1")) == 0
+    capsys.readouterr()
     source, reference = (Path(f"run/hypotheses/qaa-qab.{n}.txt") for n in ("source", "reference"))
     sentences = list(zip(data.read_lines(source), data.read_lines(reference)))
     after = Path("run/hypotheses/qaa-qab.after.txt")
@@ -1646,6 +1647,7 @@ def test_a_report(finished, tmp_path, monkeypatch, capsys):
     )
     lander.route(model, "qaa-qab")
     routed = {l: ffn for l, ffn in lander.routed_layers(model).items() if "qaa-qab" in ffn.share}
+    assert len(routed) == 2
     expected = []
     for prompt, answer in (render(tokenizer, "qaa-qab", *both) for both in sentences[:3]):
         ratios = []

@@ -203,13 +203,14 @@ def draw_bleu(axes, run):
 
 def bleu_width(run):
     """Inches: about as many as there are languages."""
-    return max(4.6, 0.75 * len({code for pair in run.results for code in split_pair(pair)}))
+    return max(4.6, 0.85 * len({code for pair in run.results for code in split_pair(pair)}))
 
 
 def draw_run(run, path):
     """What README shows of the page."""
     plt = compare.pyplot()
     figure, panels = plt.subplots(2, 2, figsize=(10, 8), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.1)
     for axes, draw in zip(panels.flat, (draw_variance, draw_owners, draw_losses, draw_bleu)):
         draw(axes, run)
     compare.save(figure, path)
@@ -226,7 +227,7 @@ def picture(label, size, draw, *arguments):
     svg = buffer.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # the same names in every picture, and used by none
-    style = f"min-width: {60 * size[0]:.0f}px" if size[0] > 5 else ""
+    style = f"min-width: {70 * size[0]:.0f}px" if size[0] > 5 else ""
     svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}" style="{style}"', 1)
     return f'<div class="wide">{svg}</div>'
 
@@ -370,7 +371,7 @@ code { background: #f0f0f0; padding: .1rem .3rem }
 article { border-left: 3px solid #bbb; padding-left: .8rem; margin: 1.2rem 0 }
 dl { margin: 0 0 .6rem }
 dt, th { color: #555; font-weight: normal; text-align: start; white-space: nowrap }
-dd { margin: 0 0 .3rem }
+dd { margin: 0 0 .3rem; justify-self: start }
 table { border-collapse: collapse }
 th, td { padding: .15rem .8rem .15rem 0; vertical-align: top }
 td { min-width: 2.2rem }
