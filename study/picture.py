@@ -123,7 +123,8 @@ def draw_differences(axes, run, pair):
 def draw_variance(axes, run):
     """Which neurons are specific: those right of the cut, however the pairs share them."""
     F = run.variance.shape[1]
-    specific = round((1 - run.args["epsilon"]) * F)
+    epsilon = run.args["epsilon"]
+    specific = round((1 - epsilon) * F)
     cut = F - specific
     axes.axvspan(0, cut, color=GENERAL, alpha=0.15, linewidth=0)
     axes.axvspan(cut, F, color=SPECIFIC, alpha=0.25, linewidth=0)
@@ -132,7 +133,7 @@ def draw_variance(axes, run):
         style = {"color": PAIRS[number % len(PAIRS)], "linewidth": 1.5}
         axes.plot(range(1, F + 1), variance.sort().values, label=f"layer {layer}", **style)
     axes.set(yscale="log", xlim=(0, F), ylabel="variance over pairs")
-    axes.set_xlabel(f"neurons, sorted: {cut} general | {specific} specific")
+    axes.set_xlabel(f"neurons, sorted: {cut} general | {specific} specific (epsilon = {epsilon})")
     legend_above(axes, columns=4)
 
 
