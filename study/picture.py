@@ -64,6 +64,10 @@ def read_run(folder):
     for group in groups.values():
         for pair in group["specific"]:
             awareness[pair] = torch.empty(len(groups), model.config.ffn_size)
+    alike = all(group["specific"].keys() == awareness.keys() for group in groups.values())
+    if not (alike and results and analysis.keys() == lander.tuned_pairs(groups)):
+        found = "layers.json, neurons.json and results.json are not of the same pairs"
+        raise InputError(f"{folder}: {found}")
     found = read_tensors(path)
     lander.check_fit(path, found, awareness)
     scaled = lander.scale_awareness(torch.stack([found[pair] for pair in awareness]))  # [P, K, F]
