@@ -331,7 +331,7 @@ class RoutedFFN(nn.Module):
         return learners
 
     def factors(self, x):
-        """CAR / share and (1 - CAR) / (1 - share) of a routed pair's tokens. [B, T, D] -> [B, T] each"""
+        """CAR / share and (1 - CAR) / (1 - share), of a routed pair. [B, T, D] -> [B, T] each"""
         share = self.share[self.pair]
         logit = x.float() @ self.router[self.pair] + math.log(share / (1 - share))  # [B, T]
         # 1 - CAR as the sigmoid of -logit: a difference would lose all digits where CAR nears 1.

@@ -407,7 +407,7 @@ TEXTS = {
         the columns. Above, what tuning changed: purple is better, orange worse. Framed pairs were
         tuned and should gain; any other that lost was forgotten in part.""",
     "Sentences": """The first test sentences of each tuned pair. Shown token by token: CAR divided
-        by its start, the general share. It is the factor that weighs the general neurons' input; the
+        by its start, the general share: the factor that weighs the general neurons' input, as the
         mean over the layers that route the pair. At the start it is 1 everywhere (white). Blue
         tokens lean more on general neurons than before tuning, orange ones more on the pair's own.
         The target is the reference, and the number before a stretch of tokens their mean; pointing
