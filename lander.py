@@ -348,15 +348,18 @@ class RoutedFFN(nn.Module):
             learners[f"router.{pair}"] = self.router[pair]
         return learners
 
+    def factors(self, x):
+        """CAR / share and (1 - CAR) / (1 - share), of a routed pair. [B, T, D] -> [B, T] each"""
+        share = self.share[self.pair]
+        logit = x.float() @ self.router[self.pair] + math.log(share / (1 - share))  # [B, T]
+        # 1 - CAR as the sigmoid of -logit: a difference would lose all digits where CAR nears 1.
+        return torch.sigmoid(logit) / share, torch.sigmoid(-logit) / (1 - share)
+
     def forward(self, x):
         """[B, T, D] -> [B, T, D]"""
         x_general = x_specific = x
         if self.pair in self.share:
-            share = self.share[self.pair]
-            logit = x.float() @ self.router[self.pair] + math.log(share / (1 - share))  # [B, T]
-            # 1 - CAR as the sigmoid of -logit: a difference would lose all digits where CAR nears 1.
-            general_factor = torch.sigmoid(logit) / share
-            specific_factor = torch.sigmoid(-logit) / (1 - share)
+            general_factor, specific_factor = self.factors(x)
             x_general = general_factor[..., None].to(x.dtype) * x  # [B, T, D]
             x_specific = specific_factor[..., None].to(x.dtype) * x  # [B, T, D]
         y = self.rest(x) + self.general(x_general)
@@ -1209,22 +1212,30 @@ def tune(settings, folder):
     return results
 
 
-def load_tuned(settings):
-    """A finished run. -> the tuned model, its tokenizer, the tuned pairs"""
-    folder = Path(settings.tuned)
+def finished_args(folder):
+    """The args of a run. InputError where it is not finished."""
     tuned_path = folder / "tuned.safetensors"
     if not tuned_path.exists():
         raise InputError(f"{folder}: not the folder of a finished run, it has no {tuned_path.name}")
-    args = read_args(folder)
+    return read_args(folder)
+
+
+def load_tuned(folder, args, settings):
+    """What a finished run made. -> Decoder, tokenizer, groups"""
     weights = settings.weights or args["weights"]
+    device, dtype = choose_device(settings)
     config, tokenizer = open_checkpoint(weights)
     groups = read_groups(folder / "neurons.json", config)
-    model = load_model(weights, *choose_device(settings))
+    model = load_model(weights, device, dtype)
     install_routing(model, groups, not args["no_routing"])
-    tuned = set().union(*(group["share"] for group in groups.values()))
-    learners = {pair: what_learns(model, pair) for pair in tuned}
+    learners = {pair: what_learns(model, pair) for pair in tuned_pairs(groups)}
+    tuned_path = folder / "tuned.safetensors"
     load_parameters(tuned_path, read_tensors(tuned_path), merged(learners))
-    return model, tokenizer, sorted(tuned)
+    return model, tokenizer, groups
+
+
+def tuned_pairs(groups):
+    return set().union(*(group["share"] for group in groups.values()))
 
 
 LINES_AT_A_TIME = 1000  # sorted by length; their translations come in order
@@ -1233,11 +1244,13 @@ LINES_AT_A_TIME = 1000  # sorted by length; their translations come in order
 def translate(settings):
     """Translate lines with a finished run, to stdout: one line out for each line in."""
     split_pair(settings.pair)
+    folder = Path(settings.tuned)
+    args = finished_args(folder)
     source = "/dev/stdin" if settings.translate == "-" else settings.translate
     sources = read_lines(Path(source))
-    model, tokenizer, tuned = load_tuned(settings)
-    if settings.pair not in tuned:
-        found = f"{settings.pair} was not tuned in {settings.tuned} ({', '.join(tuned)})"
+    model, tokenizer, groups = load_tuned(folder, args, settings)
+    if settings.pair not in tuned_pairs(groups):
+        found = f"{settings.pair} was not tuned in {folder} ({args['pair']})"
         print(f"{found}: general neurons, no routing", file=sys.stderr)
     cut = 0
     for first in range(0, len(sources), LINES_AT_A_TIME):
@@ -1272,13 +1285,15 @@ def export(settings):
     folder = Path(settings.export)
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder}: not empty")
-    model, _, _ = load_tuned(settings)
+    run = Path(settings.tuned)
+    args = finished_args(run)
+    model, _, _ = load_tuned(run, args, settings)
     for layer, ffn in routed_layers(model).items():
         if ffn.share:
             expected = "no place in a published checkpoint; tune with --no-routing to export"
-            raise InputError(f"{settings.tuned}: its tokens are routed, which has {expected}")
+            raise InputError(f"{run}: its tokens are routed, which has {expected}")
         model.blocks[layer].ffn = ffn.whole()
-    weights = Path(settings.weights or read_args(Path(settings.tuned))["weights"])
+    weights = Path(settings.weights or args["weights"])
     folder.mkdir(parents=True, exist_ok=True)
     for name in COMPANIONS:
         if (weights / name).exists():

@@ -35,7 +35,7 @@ import lander
 import model
 from data import InputError, list_pairs, load_tokenizer, make_batches, read_parallel, render
 from model import Config, Decoder, Family, load_model, save_model
-from study import compare, demo, fuzz, methods, probe
+from study import compare, demo, fuzz, methods, picture, probe
 
 SHARED = Path(__file__).resolve().parent.parent / "shared"
 
@@ -998,10 +998,10 @@ def test_an_exported_run_is_a_published_checkpoint(world, tmp_path, monkeypatch,
     words = ["--tuned", "run", "--export"]
     assert lander.main([*words, "exported"]) == 0, capsys.readouterr().err
     settings = lander.Settings(tuned="run", export="exported")
-    tuned, tokenizer, pairs = lander.load_tuned(settings)
+    run = Path("run")
+    tuned, tokenizer, _ = lander.load_tuned(run, lander.finished_args(run), settings)
     exported = load_model("exported")
     ids = torch.randint(4, tokenizer.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
-    assert pairs == ["qaa-qab"]
     assert_close(exported(ids), tuned(ids))
     base = load_model(world / "weights", dtype=torch.float32)
     assert not torch.allclose(exported(ids), base(ids), atol=1e-3)
@@ -1732,6 +1732,100 @@ def test_kinds_of_tokens_and_their_factors():
     expected = (read[1] / read[0])[0].mean(-1)  # what the general branch reads over x, [T]
     values = {kind: iter(own) for kind, own in found[1].items()}
     assert_close(torch.tensor([next(values[kind]) for kind in kinds]), expected.detach())
+
+
+# --------------------------------------------------------------------------------------------------
+# The report on a run (study/picture.py)
+
+
+def test_a_report(world, tmp_path, monkeypatch, capsys):
+    """A page that needs another file, that text can break, or that shades tokens by another CAR."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    assert lander.main(arguments(world, "--epsilon", "0.5", "--steps", "1")) == 0
+    capsys.readouterr()
+    source, reference = (Path(f"run/hypotheses/qaa-qab.{n}.txt") for n in ("source", "reference"))
+    sentences = list(zip(data.read_lines(source), data.read_lines(reference)))
+    after = Path("run/hypotheses/qaa-qab.after.txt")
+    after.write_text("<script>&amp;\n" + after.read_text().partition("\n")[2])
+    assert picture.main(["run"]) == 0, capsys.readouterr().err
+    page = Path("run/report.html").read_text()
+    for heading in picture.TEXTS:
+        assert page.count(f"<h2>{heading}</h2>") == 1
+    assert page.count("<svg") == 5 and page.count("<article>") == picture.SENTENCES
+    assert "&lt;script&gt;&amp;amp;" in page and "<script" not in page
+    outside = re.findall(r"""<link|<iframe|@import|\bsrc=|href=["'](?!#)|url\((?!#)""", page)
+    assert not outside
+    assert picture.main(["run"]) == 0
+    assert Path("run/report.html").read_text() == page, "not the same bytes"
+
+    shown = [
+        float(value) for title in re.findall(r'title="([^"]+)"', page) for value in title.split()
+    ]
+    model, tokenizer, _ = lander.load_tuned(
+        Path("run"), lander.finished_args(Path("run")), lander.Settings()
+    )
+    lander.route(model, "qaa-qab")
+    routed = {l: ffn for l, ffn in lander.routed_layers(model).items() if "qaa-qab" in ffn.share}
+    assert len(routed) == 2
+    expected = []
+    for prompt, answer in (render(tokenizer, "qaa-qab", *both) for both in sentences[:3]):
+        ratios = []
+        with lander.recording(model, routed, "ffn") as x:
+            with lander.recording(model, routed, "ffn.general") as weighed, torch.no_grad():
+                model(torch.tensor([prompt + answer[:-1]]))
+        for layer in routed:  # what the general branch reads, over what the FFN reads
+            ratios.append((weighed[layer] / x[layer])[0].median(-1).values)
+        expected += torch.stack(ratios).mean(0).tolist()
+    assert shown == pytest.approx(expected, abs=6e-4)
+    assert max(expected) - min(expected) > 0.01
+
+
+def test_tokens_that_share_a_character_are_shown_together():
+    """Half characters on the page, one for each byte; markup that is taken for markup."""
+
+    class Bytes:
+        decode = staticmethod(lambda ids: bytes(ids).decode(errors="replace"))
+
+    ids = list("a<好".encode())
+    assert picture.visible_tokens(Bytes, ids) == ["a", "<", "", "", "好"]
+    assert picture.visible_tokens(Bytes, ids[:-1]) == ["a", "<", "", "\ufffd"]
+    shown = picture.shaded_tokens(Bytes, ids, [1.0, 1.0, 0.5, 0.5, 0.75], limit=1)
+    assert shown.count("<span") == 3 and "&lt;" in shown
+    assert 'title="0.500 0.500 0.750">好</span>' in shown
+    assert picture.in_language("ar") == 'lang="ar" dir="rtl"'
+    assert picture.shade(1.0, 1) == "#ffffff" != picture.shade(1.5, 1) != picture.shade(0.5, 1)
+
+
+def test_a_report_without_routing_and_validation(world, tmp_path, monkeypatch, capsys):
+    """A mean over no layers; the ends of a curve that is not there; a tuned pair not evaluated."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(world / "data", "text", ignore=shutil.ignore_patterns("valid.*"))
+    words = ["--data", "text", "--steps", "2", "--eval-pairs", "qaa-qab"]
+    for name, more in (("plain", ["--no-routing"]), ("general", ["--epsilon", "1"])):
+        words_of_run = [*words, "--out", name, *more]
+        assert lander.main(arguments(world, *words_of_run, pair="qaa-qab,qac-qab")) == 0
+        assert picture.main([name]) == 0, capsys.readouterr().err
+        page = Path(name, "report.html").read_text()
+        assert page.count("there is no CAR to show") == 2 and 'class="tokens"' not in page
+        assert page.count("It was not evaluated") == 1
+        assert "There was no validation text" in page
+
+
+def test_no_report_on_an_unfinished_run(finished, tmp_path, monkeypatch, capsys):
+    """A page about half a run; a traceback."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished, "run")
+    results = json.loads(Path("run/results.json").read_text())
+    del results["qaa-qab"]["after"]
+    Path("run/results.json").write_text(json.dumps(results))
+    for words, culprit in ((["run"], "no after"), (["none"], "not the folder"), ([], "required")):
+        assert picture.main(words) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert culprit in line
+    assert not Path("run/report.html").exists()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ Three experiments, each a file in DIR, passed over if it is there:
 import argparse
 import sys
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, takewhile
 from pathlib import Path
 from statistics import mean
 
@@ -21,8 +21,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lander
-from data import InputError, LANGUAGES, exit_status, locked, make_batches, read_json, render
-from data import split_pair, write_json
+from data import InputError, LANGUAGES, exit_status, locked, make_batch, make_batches, read_json
+from data import render, split_pair, write_json
 from model import load_model
 from study import compare
 from study.methods import METHODS
@@ -173,36 +173,42 @@ def stability(context):
 # What does CAR do?
 
 
+def in_common(first, second):
+    """How many tokens two lists begin with alike."""
+    alike = takewhile(lambda both: both[0] == both[1], zip(first, second))
+    return len(list(alike))
+
+
 def kinds_of_tokens(tokenizer, pair, source, target):
     """An example with "prompt", "source" or "target" for each token that the model reads."""
     prompt, answer = render(tokenizer, pair, source, target)
     empty, _ = render(tokenizer, pair, "")
-    before = next((i for i, (a, b) in enumerate(zip(prompt, empty)) if a != b), len(empty))
-    after = next(i for i, (a, b) in enumerate(zip(prompt[::-1], empty[::-1])) if a != b)
+    before = in_common(prompt, empty)
+    after = in_common(prompt[before:][::-1], empty[before:][::-1])
     kinds = ["prompt"] * before + ["source"] * (len(prompt) - before - after) + ["prompt"] * after
     return prompt + answer[:-1], kinds + ["target"] * (len(answer) - 1)
 
 
 @torch.no_grad()
+def token_factors(model, tokenizer, pair, ids):
+    """CAR / share of each token: layer that routes the pair -> [T]"""
+    lander.route(model, pair)
+    layers = lander.routed_layers(model)
+    routed = {layer: ffn for layer, ffn in layers.items() if pair in ffn.share}
+    batch = make_batch([(ids, [])], tokenizer.pad_id)
+    ids, mask, _ = lander.to_device(batch, model)
+    with lander.recording(model, routed, "ffn") as x:
+        model.hidden_states(ids, mask)
+    return {layer: ffn.factors(x[layer])[0][0].cpu() for layer, ffn in routed.items()}
+
+
 def factors(model, tokenizer, pair, text):
     """CAR / share of the tokens of some text: layer -> kind of token -> [tokens]"""
-    lander.route(model, pair)
     found = {}
     for source, target in text:
         ids, kinds = kinds_of_tokens(tokenizer, pair, source, target)
-        seen = {}
-        handles = []
-        for layer, ffn in lander.routed_layers(model).items():
-            if pair in ffn.share:
-                hook = lambda ffn, inputs, layer=layer: seen.update({layer: (ffn, inputs[0])})
-                handles.append(ffn.register_forward_pre_hook(hook))
-        model.hidden_states(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool))
-        for handle in handles:
-            handle.remove()
-        for layer, (ffn, x) in seen.items():
-            share = torch.tensor(ffn.share[pair])
-            car = torch.sigmoid(x[0].float() @ ffn.router[pair] + share.logit())  # [T]
-            for kind, value in zip(kinds, (car / share).tolist()):
+        for layer, values in token_factors(model, tokenizer, pair, ids).items():
+            for kind, value in zip(kinds, values.tolist()):
                 found.setdefault(layer, {}).setdefault(kind, []).append(value)
     return found
 
