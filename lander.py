@@ -888,7 +888,7 @@ def read_args(folder):
     """What args.json of a run holds: its settings, and of each file that it read a fingerprint."""
     path = folder / "args.json"
     shape = {setting.name: type(setting.default) for setting in fields(Settings)}
-    del shape["resume"]
+    del shape["resume"], shape["export"]
     shape["files"] = {str: str}
     record = read_json(path, shape)
     for name in record:
@@ -925,7 +925,7 @@ def record_args(folder, settings, paths):
                 raise InputError(f"{folder}: {found}; --resume needs the same")
         return
     record = asdict(settings) | {"files": files}
-    del record["resume"]
+    del record["resume"], record["export"]
     write_json(folder / "args.json", record)
 
 
