@@ -13,12 +13,14 @@ import codecs
 import fcntl
 import hashlib
 import json
+import mmap
 import os
 import socket
 import struct
 import random
 import re
 import sys
+from collections.abc import Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from heapq import heapify, heappop, heappush
@@ -26,6 +28,7 @@ from itertools import permutations
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import sentencepiece
 import torch
 from safetensors import SafetensorError, safe_open
@@ -147,6 +150,62 @@ def read_lines(path):
             where = f"line {number} of {len(lines)}"
             raise InputError(f"{path}: {where} is not UTF-8 ({error.reason})") from None
     return decoded
+
+
+class Lines(Sequence):
+    """A text file's lines, as read_lines gives them, found at once and decoded when asked for.
+
+    It takes 8 bytes a line; the file stays on disk, mapped. InputError names a line of bad UTF-8.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        try:
+            with open(path, "rb") as file:
+                empty = os.fstat(file.fileno()).st_size == 0
+                raw = b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+        self.raw = raw
+        self.first = len(codecs.BOM_UTF8) if raw[:3] == codecs.BOM_UTF8 else 0
+        ends, decoder = [], codecs.getincrementaldecoder("utf-8")()
+        try:
+            for start in range(0, len(raw), BYTES_AT_A_TIME):
+                some = raw[start : start + BYTES_AT_A_TIME]
+                decoder.decode(some)
+                newlines = np.flatnonzero(np.frombuffer(some, np.uint8) == ord("\n"))
+                ends.append(newlines + start)
+            decoder.decode(b"", final=True)
+            bad = False
+        except UnicodeDecodeError:
+            bad = True
+        self.ends = np.concatenate([*ends, [len(raw)] * (len(raw) > 0 and raw[-1:] != b"\n")])
+        self.ends = self.ends.astype(np.int64)
+        if bad:
+            read_lines(path)  # which names the line
+
+    def __len__(self):
+        return len(self.ends)
+
+    def __getitem__(self, i):
+        start = int(self.ends[i - 1]) + 1 if i else self.first
+        return self.raw[start : int(self.ends[i])].removesuffix(b"\r").decode("utf-8")
+
+    def blank(self):
+        """Which lines have nothing to see. -> [len(self)] bool"""
+        if not len(self):
+            return np.zeros(0, bool)
+        starts = np.concatenate([[self.first], self.ends[:-1] + 1])
+        first = np.frombuffer(self.raw, np.uint8)[np.minimum(starts, len(self.raw) - 1)]
+        blank = np.isin(first, SPACES)  # or it has one of those before something else
+        for i in np.flatnonzero(blank):
+            blank[i] = not self[i].strip()
+        return blank
+
+
+BYTES_AT_A_TIME = 2**24
+# First bytes of all white space in UTF-8.
+SPACES = sorted({chr(code).encode()[0] for code in range(0x3001) if chr(code).isspace()})
 
 
 def open_safetensors(path):
@@ -560,17 +619,56 @@ def render(tokenizer, pair, source, target=None):
 # Parallel text
 
 
-def read_two_files(source_path, target_path):
-    sources, targets = read_lines(source_path), read_lines(target_path)
-    if len(sources) != len(targets):
-        found = f"{source_path} has {len(sources)} lines but {target_path} has {len(targets)}"
-        raise InputError(found)
-    return list(zip(sources, targets))
+class ParallelText(Sequence):
+    """Sentence pairs, (source, target), some of the rows of files; text is decoded when asked for."""
+
+    def __init__(self, rows, kept):
+        self.rows, self.kept = rows, kept  # kept: numbers of rows, ascending
+
+    def __len__(self):
+        return len(self.kept)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self.rows[row] for row in self.kept[i]]
+        return self.rows[self.kept[i]]
+
+
+class TwoFiles(Sequence):
+    """Line i of one file is a translation of line i of the other."""
+
+    def __init__(self, source_path, target_path):
+        self.sources, self.targets = Lines(source_path), Lines(target_path)
+        if len(self.sources) != len(self.targets):
+            found = f"{source_path} has {len(self.sources)} lines"
+            raise InputError(f"{found} but {target_path} has {len(self.targets)}")
+
+    def __len__(self):
+        return len(self.sources)
+
+    def __getitem__(self, i):
+        return self.sources[i], self.targets[i]
+
+    def complete(self):
+        """Numbers of the rows with text on both sides."""
+        return np.flatnonzero(~self.sources.blank() & ~self.targets.blank())
+
+
+class Rows(list):
+    """Sentence pairs in memory."""
+
+    def complete(self):
+        """Numbers of the rows with a line of text on both sides."""
+        numbers = []
+        for number, (source, target) in enumerate(self):
+            if source.strip() and target.strip() and "\n" not in source + target:
+                numbers.append(number)
+        return np.array(numbers, np.int64)
 
 
 def read_columns(path, source_column):
     """Tab-separated text of two columns; source_column is 0 or 1. A blank line is an empty pair."""
-    rows, lines = [], read_lines(path)
+    rows, lines = Rows(), Lines(path)
     for number, line in enumerate(lines, 1):
         row = line.split("\t") if line.strip() else ["", ""]
         if len(row) != 2:
@@ -592,7 +690,7 @@ def read_translations(path, source, target):
     else:
         empty = {"translation": {source: "", target: ""}}
         items = [parse_json(line, {}, path) if line.strip() else empty for line in lines]
-    pairs = []
+    pairs = Rows()
     for number, item in enumerate(items, 1):
         where = f"{path}: item {number} of {len(items)}"
         try:
@@ -612,11 +710,11 @@ def candidates(folder, split, source, target):
     for first, second in ((source, target), (target, source)):
         stem = f"{folder}/{split}.{first}-{second}"
         two_files = Path(f"{stem}.{source}"), Path(f"{stem}.{target}")
-        yield two_files, read_two_files
+        yield two_files, TwoFiles
         yield [Path(f"{stem}.tsv")], partial(read_columns, source_column=int(first != source))
         yield [Path(f"{stem}.json")], partial(read_translations, source=source, target=target)
     multi_way = Path(f"{folder}/{split}.{source}"), Path(f"{folder}/{split}.{target}")
-    yield multi_way, read_two_files
+    yield multi_way, TwoFiles
 
 
 def find_parallel(folder, split, pair):
@@ -636,23 +734,26 @@ def find_parallel(folder, split, pair):
     raise InputError(f"{folder}: no {split} text for {pair}{halves}; pairs found: {found}")
 
 
-def read_parallel(folder, split, pair):
-    """Sentence pairs of one direction, [(source, target), ...].
+def open_parallel(folder, split, pair):
+    """Sentence pairs of one direction, decoded when asked for. -> ParallelText
 
     Reads {split}.{pair}.{lang}, .tsv (columns in the pair's order) or .json (ALMA's), in either
     order of the pair, or multi-way {split}.{lang}. Pairs with an empty side are skipped and
-    counted. InputError names file, line and count.
+    counted. InputError names file, line and count. Files of one language each take 24 bytes a pair
+    of memory; TSV and JSON are read as a whole.
     """
     paths, read = find_parallel(folder, split, pair)
     rows = read(*paths)
-    kept = []
-    for source, target in rows:
-        if source.strip() and target.strip() and "\n" not in source + target:
-            kept.append((source, target))
+    kept = rows.complete()
     if skipped := len(rows) - len(kept):
         note = f"skipped {skipped} of {len(rows)} pairs, a side is empty or more than a line"
         print(f"{folder}: {split} {pair}: {note}", file=sys.stderr)
-    return kept
+    return ParallelText(rows, kept)
+
+
+def read_parallel(folder, split, pair):
+    """All that open_parallel gives, [(source, target), ...]."""
+    return list(open_parallel(folder, split, pair))
 
 
 def list_pairs(folder, split):

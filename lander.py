@@ -72,6 +72,7 @@ import signal
 import sys
 import textwrap
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -87,7 +88,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data import InputError, exit_status, find_parallel, fingerprint, first_line, group_by_length
 from data import has_line_break, line_ends, list_pairs, load_tokenizer, locked, make_batch
-from data import make_batches, parse_json, read_json, read_lines, read_parallel, read_tensors
+from data import make_batches, parse_json, read_json, read_lines, open_parallel, read_tensors
 from data import render, split_pair, tokenizer_file, write_json, write_lines, write_tensors
 from model import FFN, Config, checkpoint_files, load_model, save_model
 
@@ -457,18 +458,21 @@ def learning_rate(step, total, peak):
 
 
 def schedule(examples, batch, seed):
-    """Steps without end: yields (pair, examples of the step).
+    """Steps without end: yields (pair, numbers of the step's examples).
 
     Each epoch shuffles every pair's text, and pairs alternate; once the shorter text is through,
-    the rest of the epoch is the longer one's. examples: pair -> list
+    the rest of the epoch is the longer one's. examples: pair -> sequence
     """
+
+    def slices(pair, shuffled):
+        for start in range(0, len(shuffled), batch):
+            yield pair, shuffled[start : start + batch]
+
     rng = random.Random(seed)
     while True:
         steps = []  # of each pair
         for pair, own in examples.items():
-            shuffled = rng.sample(own, len(own))
-            starts = range(0, len(own), batch)
-            steps.append([(pair, shuffled[start : start + batch]) for start in starts])
+            steps.append(slices(pair, rng.sample(range(len(own)), len(own))))
         for turn in zip_longest(*steps):
             yield from filter(None, turn)
 
@@ -479,17 +483,18 @@ def count_steps(examples, settings):
 
 
 def training_steps(model, tokenizer, learners, examples, optimizer, settings, start=0):
-    """Train from step `start` on. learners: pair -> {name: Parameter}; examples: pair -> list
+    """Train from step `start` on. learners: pair -> {name: Parameter}; examples: pair -> sequence
 
-    What learns from a pair is the caller's to say: some neurons, some matrices, everything.
+    An example that is None is left out; a step of none but such changes nothing. What learns from a pair is the caller's to say: some neurons, some matrices, everything.
     Yields what log.jsonl says of a step, after each.
     """
     total = count_steps(examples, settings)
     steps = islice(schedule(examples, settings.batch, settings.seed), start, total)
-    for step, (pair, chosen) in enumerate(steps, start):
+    for step, (pair, numbers) in enumerate(steps, start):
         rate = learning_rate(step, total, settings.lr)
         optimizer.param_groups[0]["lr"] = rate
         route(model, pair)
+        chosen = [example for example in map(examples[pair].__getitem__, numbers) if example]
         batches = list(make_batches(chosen, tokenizer.pad_id, settings.micro_tokens))
         loss, norm = train_step(model, batches, optimizer, learners[pair].values())
         entry = {"step": step + 1, "pair": pair, "loss": loss}
@@ -941,15 +946,36 @@ def open_checkpoint(folder):
 class Inputs(NamedTuple):
     """What a run reads, each by pair."""
 
-    train: dict  # tuned pair -> rendered examples
+    train: dict  # tuned pair -> Examples
     valid: dict  # tuned pair -> rendered examples, where there is such text
     scoring: dict  # tuned and other pairs -> rendered examples for the scores
     test: dict  # evaluated pair -> [(source, target), ...]
     files: dict  # path -> None, in the order of reading
 
 
+class Examples(Sequence):
+    """Training text, each example rendered when its step comes: None if it is over max_tokens.
+
+    So millions of pairs take no time before the first step, on resuming neither.
+    """
+
+    def __init__(self, tokenizer, pair, text, max_tokens):
+        self.tokenizer, self.pair, self.text, self.max_tokens = tokenizer, pair, text, max_tokens
+        self.read = self.skipped = 0
+
+    def __len__(self):
+        return len(self.text)
+
+    def __getitem__(self, i):
+        prompt, target = render(self.tokenizer, self.pair, *self.text[i])
+        self.read += 1
+        if len(prompt) + len(target) <= self.max_tokens:
+            return prompt, target
+        self.skipped += 1
+
+
 def read_text(settings, split, pair, files):
-    text = read_parallel(settings.data, split, pair)
+    text = open_parallel(settings.data, split, pair)
     files.update(dict.fromkeys(find_parallel(settings.data, split, pair)[0]))
     if not text:
         raise InputError(f"{settings.data}: the {split} text of {pair} is empty")
@@ -974,9 +1000,9 @@ def render_examples(tokenizer, pair, text, settings, what):
 def read_inputs(tokenizer, tuned, settings):
     """Read all text that a run needs, so that what is wrong with it shows before anything long."""
     inputs = Inputs({}, {}, {}, {}, {})
-    text = {pair: read_text(settings, "train", pair, inputs.files) for pair in tuned}
     for pair in tuned:
-        inputs.train[pair] = render_examples(tokenizer, pair, text[pair], settings, "training")
+        text = read_text(settings, "train", pair, inputs.files)
+        inputs.train[pair] = Examples(tokenizer, pair, text, settings.max_tokens)
     with_valid = list_pairs(settings.data, "valid")
     for pair in tuned:
         if pair in with_valid:
@@ -984,7 +1010,10 @@ def read_inputs(tokenizer, tuned, settings):
             inputs.valid[pair] = render_examples(tokenizer, pair, own, settings, "validation")
     compared = choose_pairs(settings.score_pairs, settings.data, "train")
     for pair in tuned + [pair for pair in compared if pair not in tuned]:
-        own = text.get(pair) or read_text(settings, "train", pair, inputs.files)
+        if pair in tuned:
+            own = inputs.train[pair].text
+        else:
+            own = read_text(settings, "train", pair, inputs.files)
         size = min(settings.score_sentences, len(own))
         sample = random.Random(settings.seed).sample(own, size)
         inputs.scoring[pair] = render_examples(tokenizer, pair, sample, settings, "scoring")
@@ -1200,6 +1229,10 @@ def tune(settings, folder):
         load_parameters(tuned_path, read_tensors(tuned_path), merged(learners))
     else:
         train(model, tokenizer, learners, inputs.train, inputs.valid, settings, folder)
+        for pair, own in inputs.train.items():
+            if own.skipped:
+                found = f"{own.skipped} of {own.read} examples, over {settings.max_tokens} tokens"
+                print(f"training {pair}: skipped {found}", file=sys.stderr)
     (folder / "state.safetensors").unlink(missing_ok=True)
     show_validation(folder / "log.jsonl")
 

@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -637,14 +638,33 @@ def test_checkpointing_changes_no_gradient():
     assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
 
 
+def test_examples_over_the_limit_are_left_out_of_their_step():
+    """They are found when their step comes: another one in their place would change every later step."""
+    decoder = tiny_decoder("bloom", vocabulary=128)
+    text = [("a" * length, "b") for length in (1, 60, 2, 60)]
+    examples = lander.Examples(Letters, "en-de", text, 100)
+    assert [examples[i] is None for i in range(4)] == [False, True, False, True]
+    assert (examples.read, examples.skipped) == (4, 2)
+    learners = {"en-de": dict(decoder.named_parameters())}
+    settings = lander.Settings(steps=4, batch=1, lr=1e-2)
+    optimizer = torch.optim.AdamW(decoder.parameters())
+    before, moved, losses = decoder.embedding.weight.detach().clone(), [], []
+    arguments = learners, {"en-de": examples}, optimizer, settings
+    for entry in lander.training_steps(decoder, Bytes, *arguments):
+        moved.append(not torch.equal(before, decoder.embedding.weight))
+        before = decoder.embedding.weight.detach().clone()
+        losses.append(entry["loss"])
+    assert sum(moved) == 2 and [loss > 0 for loss in losses] == moved
+
+
 def test_pairs_alternate_and_an_epoch_is_every_example_once():
     examples = {"en-de": [("a", i) for i in range(7)], "fr-en": [("b", i) for i in range(3)]}
     steps = list(itertools.islice(lander.schedule(examples, 2, seed=0), 12))
     assert [pair for pair, _ in steps[:6]] == ["en-de", "fr-en", "en-de", "fr-en", "en-de", "en-de"]
     for epoch in (steps[:6], steps[6:]):
-        assert sorted(e for _, batch in epoch for e in batch) == sorted(
-            examples["en-de"] + examples["fr-en"]
-        )
+        for pair, own in examples.items():
+            numbers = [number for of, batch in epoch if of == pair for number in batch]
+            assert sorted(numbers) == list(range(len(own)))
     assert steps[:6] != steps[6:], "each epoch is shuffled anew"
     assert steps == list(itertools.islice(lander.schedule(examples, 2, seed=0), 12))
 
@@ -2774,6 +2794,41 @@ def test_the_four_forms_give_the_same_pairs(tmp_path):
         assert read_parallel(tmp_path, split, "en-de") == pairs
         assert read_parallel(tmp_path, split, "de-en") == [pair[::-1] for pair in pairs]
         assert list_pairs(tmp_path, split) == ["de-en", "en-de"]
+
+
+def test_lines_are_those_of_read_lines(tmp_path, monkeypatch):
+    """A character cut at a block's end; a last line without newline; a blank line of another script."""
+    texts = ["", "\n", "a", "\ufeffa\nb", "ä\r\n\n \u2028\n\u3000\n中文\n\tx\n", "\n\nа\r\nب"]
+    path = tmp_path / "text"
+    for text in texts:
+        path.write_bytes(text.encode())
+        for size in (1, 2, 3, 2**24):
+            monkeypatch.setattr(data, "BYTES_AT_A_TIME", size)
+            lines = data.Lines(path)
+            expected = data.read_lines(path)
+            assert list(lines) == expected
+            assert lines.blank().tolist() == [not line.strip() for line in expected]
+    for raw, number in ((b"a\n\xff\n", 2), (b"a\nb\n\xe4", 3)):
+        path.write_bytes(raw)
+        with pytest.raises(InputError) as error:
+            data.Lines(path)
+        assert f"line {number} of" in message(error)
+
+
+def test_text_takes_few_bytes_a_pair(tmp_path):
+    """A million captions took 0.7 GB and half a minute before the first step."""
+    size = 100_000
+    write(tmp_path, train_en="a house\n" * size, train_de="ein Haus\n" * size)
+    tracemalloc.start()
+    try:
+        text = data.open_parallel(tmp_path, "train", "en-de")
+        examples = lander.Examples(Letters, "en-de", text, 256)
+        steps = lander.schedule({"en-de": examples}, 80, seed=0)
+        _, numbers = next(steps)
+        assert examples[numbers[0]] == render(Letters, "en-de", "a house", "ein Haus")
+        assert tracemalloc.get_traced_memory()[0] < 100 * size
+    finally:
+        tracemalloc.stop()
 
 
 def test_the_exact_order_is_read_before_the_reverse(tmp_path):
