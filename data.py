@@ -33,6 +33,7 @@ import sentencepiece
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import distributed
 
 
 # --------------------------------------------------------------------------------------------------
@@ -222,6 +223,11 @@ def read_tensors(path):
     return {name: file.get_tensor(name) for name in file.keys()}
 
 
+def first_process():
+    """Of several that torchrun started, one alone writes and prints."""
+    return not distributed.is_initialized() or distributed.get_rank() == 0
+
+
 HALF_WRITTEN = ".half-written"
 
 
@@ -238,6 +244,8 @@ def replacing(path):
 
 
 def write_text(path, text):
+    if not first_process():
+        return
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -260,6 +268,8 @@ def write_json(path, value):
 
 
 def write_tensors(path, tensors):
+    if not first_process():
+        return
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
         umask = os.umask(0)
@@ -289,8 +299,11 @@ def locked(folder):
     """Hold a folder, making it where there is none; one process at a time, until it ends or dies.
 
     Sweeps what a killed process left half-written. A folder in which nothing came to lie is removed
-    again. InputError names the process that holds it.
+    again. InputError names the process that holds it. Of several processes the first one holds it.
     """
+    if not first_process():
+        yield
+        return
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "lock"
     with open(path, "a+") as file:

@@ -6,6 +6,7 @@
     python lander.py --pair en-de --weights bloom-7b1/ --data wmt16/     # the whole method
     python lander.py --pair en-de --tuned runs/en-de --translate FILE    # translate with its result
     python lander.py --tuned runs/en-de --export DIR                     # as a published checkpoint
+    torchrun --nproc-per-node 8 lander.py --pair en-de ...               # the same on eight GPUs
     python lander.py                                                     # a demo, offline
 
 The idea. Finetuning all weights on one language pair overwrites what others need. But an FFN is a
@@ -59,12 +60,13 @@ P pairs, K scored layers (those that any tuned pair selected), k layers that a p
 the down projection reads: the neurons' activations.
 
 In this file: layers; neurons; groups; routing; training; evaluation; then what a run needs besides:
-settings, progress, saved state, the run itself, the command line.
+settings, progress, saved state, several processes, the run itself, the command line.
 """
 
 import argparse
 import json
 import math
+import os
 import random
 import shlex
 import shutil
@@ -82,14 +84,15 @@ from typing import NamedTuple
 
 import torch
 from sacrebleu.metrics import BLEU, CHRF
-from torch import nn
+from torch import distributed, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from data import InputError, exit_status, find_parallel, fingerprint, first_line, group_by_length
-from data import has_line_break, line_ends, list_pairs, load_tokenizer, locked, make_batch
-from data import make_batches, parse_json, read_json, read_lines, open_parallel, read_tensors
-from data import render, split_pair, tokenizer_file, write_json, write_lines, write_tensors
+from data import InputError, exit_status, find_parallel, fingerprint, first_line, first_process
+from data import group_by_length, has_line_break, line_ends, list_pairs, load_tokenizer, locked
+from data import make_batch, make_batches, open_parallel, parse_json, read_json, read_lines
+from data import read_tensors, render, split_pair, tokenizer_file, write_json, write_lines
+from data import write_tensors
 from model import FFN, Config, checkpoint_files, load_model, save_model
 
 
@@ -100,9 +103,12 @@ from model import FFN, Config, checkpoint_files, load_model, save_model
 # the work there. Train in those layers and leave the others alone.
 
 
+def device_of(model):
+    return model.embedding.weight.device
+
+
 def to_device(batch, model):
-    device = model.embedding.weight.device
-    return [tensor.to(device, non_blocking=True) for tensor in batch]
+    return [tensor.to(device_of(model), non_blocking=True) for tensor in batch]
 
 
 @torch.no_grad()
@@ -111,14 +117,15 @@ def activation_means(model, batches):
 
     batches: Batch of prompts, without targets; padding does not count. -> [L] fp32
     """
-    total, prompts = 0.0, 0
+    total = torch.zeros(model.config.layers, dtype=torch.float64, device=device_of(model))
+    prompts = 0
     for batch in batches:
         ids, mask, _ = to_device(batch, model)
         outputs = [x.float().mean(-1) for x in model.block_outputs(ids, mask)]  # L of [B, T]
         means = (torch.stack(outputs) * mask).sum(-1) / mask.sum(-1)  # [L, B]
-        total = total + means.double().sum(1)  # [L]
+        total += means.double().sum(1)  # [L]
         prompts += len(ids)
-    return (total / prompts).float().cpu()
+    return (add_up(total) / add_up(prompts)).float().cpu()
 
 
 def layer_differences(means):
@@ -207,7 +214,10 @@ def neuron_awareness(model, batches, layers, reader="ffn.down"):
     The loss is the sum over target tokens, so that a sentence's scores do not depend on its batch.
     One forward and backward pass a batch scores all layers. -> [len(layers), F] fp32
     """
-    total, tokens = 0.0, 0
+    width = model.blocks[layers[0]].get_submodule(reader).in_features
+    # In 64 bits, so that the sum does not depend on the order in which processes add up.
+    total = torch.zeros(len(layers), width, dtype=torch.float64, device=device_of(model))
+    tokens = 0
     with recording(model, layers, reader) as h:
         for batch in batches:
             loss = target_loss(model, batch)
@@ -217,9 +227,9 @@ def neuron_awareness(model, batches, layers, reader="ffn.down"):
             for layer, gradient in zip(layers, gradients):
                 effect = h[layer].detach()[real].float() * gradient[real].float()  # [tokens, F]
                 effects.append(effect.abs().sum(0))
-            total = total + torch.stack(effects)  # [len(layers), F]
+            total += torch.stack(effects)  # [len(layers), F]
             tokens += int(real.sum())
-    return (total / tokens).cpu()
+    return (add_up(total) / add_up(tokens)).float().cpu()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -430,17 +440,21 @@ def count_targets(batches):
 def train_step(model, batches, optimizer, learners):
     """One update of `learners`, and of nothing else, from the micro-batches of one pair.
 
-    The loss is the sum over all their target tokens divided by their number, not a mean of means.
-    learners: the parameters that learn. -> loss of a target token, norm of the gradient
+    The loss is the sum over all their target tokens, those of other processes too, divided by their
+    number, not a mean of means. learners: the parameters that learn.
+    -> loss of a target token, norm of the gradient
     """
     model.requires_grad_(False)
     for parameter in learners:
         parameter.requires_grad_(True)
-    tokens, total = count_targets(batches), 0.0
+    tokens, total = add_up(count_targets(batches)), 0.0
     for batch in batches:
         loss = target_loss(model, batch) / tokens
         loss.backward()
         total += loss.item()
+    total = add_up(total)
+    if tokens:
+        add_gradients(learners)
     norm = nn.utils.clip_grad_norm_(learners, CLIP_NORM).item()
     if math.isfinite(total) and math.isfinite(norm):
         optimizer.step()
@@ -494,7 +508,7 @@ def training_steps(model, tokenizer, learners, examples, optimizer, settings, st
         rate = learning_rate(step, total, settings.lr)
         optimizer.param_groups[0]["lr"] = rate
         route(model, pair)
-        chosen = [example for example in map(examples[pair].__getitem__, numbers) if example]
+        chosen = [example for example in map(examples[pair].__getitem__, share(numbers)) if example]
         batches = list(make_batches(chosen, tokenizer.pad_id, settings.micro_tokens))
         loss, norm = train_step(model, batches, optimizer, learners[pair].values())
         entry = {"step": step + 1, "pair": pair, "loss": loss}
@@ -512,7 +526,7 @@ def validation_loss(model, tokenizer, examples, settings):
         for batch in counted(batches, f"validation loss of {pair}", len(own)):
             total += target_loss(model, batch).item()
             tokens += count_targets([batch])
-        losses[pair] = total / tokens
+        losses[pair] = add_up(total) / add_up(tokens)
     return losses
 
 
@@ -525,23 +539,24 @@ def validation_loss(model, tokenizer, examples, settings):
 LEAST_NEW_TOKENS = 64
 
 
-def translate_lines(model, tokenizer, pair, sources, settings, label, first=0):
+def translate_lines(model, tokenizer, pair, sources, settings, label):
     """Translate sentences, those of like length together. Yields (number, line, cut), out of order.
+
+    sources: [(number, sentence), ...]
 
     A translation ends at end-of-sentence, at the first line break after its first visible character,
     or at three times its own prompt's length or LEAST_NEW_TOKENS; cut says that it came to that: it
-    is a loop, as a rule. An empty source, or one too long for the model, is an empty line; the
-    note on the latter counts lines from `first`.
+    is a loop, as a rule. An empty source, or one too long for the model, is an empty line.
     """
     route(model, pair)
     numbers, prompts = [], []
-    for number, source in enumerate(sources):
+    for number, source in sources:
         prompt, _ = render(tokenizer, pair, source)
         if not source.strip():
             yield number, "", False
         elif len(prompt) > model.config.max_length:
             found = f"{len(prompt)} tokens, the model was made for {model.config.max_length}"
-            print(f"{pair}: line {first + number + 1}: {found}; left empty", file=sys.stderr)
+            print(f"{pair}: line {number + 1}: {found}; left empty", file=sys.stderr)
             yield number, "", False
         else:
             numbers.append(number)
@@ -575,11 +590,13 @@ def evaluate(model, tokenizer, pair, text, settings, path):
     -> {"bleu": ..., "chrf": ..., their signatures, "cut": how many translations ran to their limit}
     """
     sources, references = [source for source, _ in text], [target for _, target in text]
-    hypotheses, cut = [""] * len(text), 0
-    lines = translate_lines(model, tokenizer, pair, sources, settings, f"translating {pair}")
+    own, found = list(share(enumerate(sources))), {}  # found: number -> line, cut
+    lines = translate_lines(model, tokenizer, pair, own, settings, f"translating {pair}")
     for number, line, was_cut in lines:
-        hypotheses[number] = line
-        cut += was_cut
+        found[number] = line, was_cut
+    found = gather(found)
+    hypotheses = [found[number][0] for number in range(len(text))]
+    cut = sum(was_cut for _, was_cut in found.values())
     write_lines(path, hypotheses)
     scores = {}
     for name, metric in make_metrics(pair).items():
@@ -712,11 +729,11 @@ class Progress:
 
 
 def counted(batches, label, sentences):
-    """The same batches, with progress."""
+    """This process's share of the batches, with progress."""
     progress = Progress(label, sentences, "sentences")
-    for batch in batches:
+    for batch in share(batches):
         yield batch
-        progress.add(len(batch.ids))
+        progress.add(len(batch.ids) * process_count())
 
 
 def say(line=""):
@@ -741,7 +758,7 @@ def interrupts_held():
     came = []
 
     def note(number, frame):
-        if came:
+        if number in came:
             raise KeyboardInterrupt
         came.append(number)
         print("\nending after this step", file=sys.stderr)
@@ -835,7 +852,8 @@ def train(model, tokenizer, learners, examples, valid, settings, folder, weight_
     saved, wait = time.monotonic(), SAVE_EVERY
     model.checkpointing = settings.checkpointing
     steps = training_steps(model, tokenizer, learners, examples, optimizer, settings, start)
-    with open(log_path, "a", encoding="utf-8") as log, interrupts_held() as interrupts:
+    own_path = log_path if first_process() else os.devnull
+    with open(own_path, "a", encoding="utf-8") as log, interrupts_held() as interrupts:
         for entry in steps:
             step, loss, norm = entry["step"], entry["loss"], entry["gradient_norm"]
             if not math.isfinite(loss) or not math.isfinite(norm):
@@ -845,19 +863,100 @@ def train(model, tokenizer, learners, examples, valid, settings, folder, weight_
                 raise InputError(f"{found}; run again with a lower --lr and another --out")
             print(json.dumps(entry), file=log, flush=True)
             progress.add(1, f", loss {loss:.3f}")
-            if interrupts or time.monotonic() - saved > wait or step == total:
+            ending = add_up(len(interrupts)) > 0  # all in the same step
+            if ending or time.monotonic() - saved > wait or step == total:
                 began = time.monotonic()
                 save_state(state_path, parameters, optimizer, step)
                 saved = time.monotonic()
                 wait = max(SAVE_EVERY, 20 * (saved - began))
-            if interrupts:
+            if ending:
+                wait_for_all()
                 raise KeyboardInterrupt
     model.checkpointing = False
     after = {"step": total, "valid_loss": validation_loss(model, tokenizer, valid, settings)}
-    with open(log_path, "a", encoding="utf-8") as log:
+    with open(own_path, "a", encoding="utf-8") as log:
         print(json.dumps(after), file=log)
     tuned = {name: parameter.detach() for name, parameter in parameters.items()}
     write_tensors(folder / "tuned.safetensors", tuned)
+    wait_for_all()
+
+
+# --------------------------------------------------------------------------------------------------
+# Several processes
+#
+# Why sums: scores, losses and gradients are sums over sentences. So each process takes its share of
+# the same batches, and all add up what they found: the result does not depend on their number.
+
+
+def process_count():
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def share(items):
+    """What this process works on. Of [0, 1, 2, 3, 4] the second of two processes has 1 and 3."""
+    rank = distributed.get_rank() if distributed.is_initialized() else 0
+    return islice(items, rank, None, process_count())
+
+
+def add_up(value):
+    """The sum over processes of a number or a tensor."""
+    if process_count() == 1:
+        return value
+    if isinstance(value, torch.Tensor):
+        distributed.all_reduce(value)
+        return value
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return type(value)(add_up(torch.tensor(value, dtype=torch.float64, device=device)).item())
+
+
+def add_gradients(parameters):
+    """Every process gets the sum. One without sentences in this step has none to add."""
+    if process_count() > 1:
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            distributed.all_reduce(parameter.grad)
+
+
+def gather(found):
+    """One dictionary of what all processes found."""
+    parts = [found]
+    if process_count() > 1:
+        parts *= process_count()
+        distributed.all_gather_object(parts, found)
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def wait_for_all():
+    if process_count() > 1:
+        distributed.barrier()
+
+
+ECHO = 10  # seconds
+
+
+@contextmanager
+def torchrun():
+    """Join the processes that torchrun started, if it did. All but the first are silent."""
+    if not distributed.is_torchelastic_launched():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group()
+    if not first_process():
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+    try:
+        yield
+    except (InputError, OSError, RuntimeError) as error:
+        # The first process may say the same, and where another has died, an error in waiting for it
+        # is an echo: then torchrun ends this one meanwhile.
+        if not first_process() or isinstance(error, RuntimeError):
+            time.sleep(ECHO)
+        sys.stderr = sys.__stderr__
+        print(f"process {distributed.get_rank()}: ", end="", file=sys.stderr)
+        raise
+    distributed.destroy_process_group()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1161,6 +1260,7 @@ def tune(settings, folder):
     """The whole method; each step leaves a file in the run folder, a resumed run skips those done."""
     started = time.monotonic()
     check_run_folder(folder, settings)
+    wait_for_all()  # what the first process writes from now on, all have looked for
     device, dtype = choose_device(settings)
     tuned = choose_pairs(settings.pair, settings.data, "train")
     config, tokenizer = open_checkpoint(settings.weights)
@@ -1287,9 +1387,10 @@ def translate(settings):
         print(f"{found}: general neurons, no routing", file=sys.stderr)
     cut = 0
     for first in range(0, len(sources), LINES_AT_A_TIME):
-        some, done, shown = sources[first : first + LINES_AT_A_TIME], {}, 0
+        some, done, shown = sources[first : first + LINES_AT_A_TIME], {}, first
         label = f"translating from line {first + 1} of {len(sources)}"
-        lines = translate_lines(model, tokenizer, settings.pair, some, settings, label, first)
+        numbered = list(enumerate(some, first))
+        lines = translate_lines(model, tokenizer, settings.pair, numbered, settings, label)
         for number, line, was_cut in lines:
             done[number] = line
             cut += was_cut
@@ -1340,9 +1441,15 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
 
     def command():
+        with torchrun():
+            dispatch()
+
+    def dispatch():
         given = parse_arguments(argv)
         settings = Settings(**given)
         torch.manual_seed(settings.seed)
+        if process_count() > 1 and (settings.tuned or not settings.weights):
+            raise InputError("torchrun is for tuning a checkpoint; run this one without")
         if settings.export:
             return export(settings)
         if settings.translate:
@@ -1355,7 +1462,9 @@ def main(argv=None):
 
                 demo.demo(given)
         except KeyboardInterrupt:
-            words = ["python", "lander.py", *argv, *["--resume"] * (not settings.resume)]
+            several = ["torchrun", "--nproc-per-node", str(process_count())]
+            launcher = several if process_count() > 1 else ["python"]
+            words = [*launcher, "lander.py", *argv, *["--resume"] * (not settings.resume)]
             print(f"\nto go on: {shlex.join(words)}", file=sys.stderr)
             raise
 

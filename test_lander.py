@@ -956,6 +956,93 @@ def test_translating_with_a_finished_run(world, tmp_path, monkeypatch, capsys):
     assert len(captured.out.split("\n")) == 7 and "qab-qac was not tuned" in captured.err
 
 
+def torchrun(processes, *words):
+    """The command that runs lander.py in several processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    return [*command, str(processes), lander.__file__, *words]
+
+
+def assert_same_result(folder, other):
+    """What runs on different numbers of processes have in common."""
+    for name in ("layers.json", "neurons.json", "awareness.safetensors"):
+        assert (folder / name).read_bytes() == (other / name).read_bytes()
+    for path in sorted((folder / "hypotheses").iterdir()):
+        assert path.read_text() == (other / "hypotheses" / path.name).read_text()
+    for tensors in zip(
+        *(data.read_tensors(run / "tuned.safetensors").items() for run in (folder, other))
+    ):
+        (name, one), (same_name, two) = tensors
+        assert name == same_name and (one - two).norm() <= 1e-5 * one.norm()
+    losses = []
+    for run in (folder, other):
+        log = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+        losses.append([entry["loss"] if "loss" in entry else entry["valid_loss"] for entry in log])
+    for one, two in zip(*losses, strict=True):
+        assert one == pytest.approx(two, rel=1e-5)
+    assert json.loads((folder / "results.json").read_text()) == json.loads(
+        (other / "results.json").read_text()
+    )
+
+
+@pytest.mark.parametrize("processes, batch", [(2, 8), (3, 2)])
+def test_the_number_of_processes_does_not_matter(
+    world, tmp_path, monkeypatch, capfd, processes, batch
+):
+    """A mean of means; a share counted twice; a process without a sentence that moves other neurons."""
+    monkeypatch.chdir(tmp_path)
+    words = arguments(world, "--batch", str(batch), "--steps", "6", pair="qaa-qab,qac-qab")
+    assert lander.main([*words, "--out", "alone"]) == 0
+    alone = capfd.readouterr().out
+    subprocess.run(torchrun(processes, *words), check=True)
+    assert_same_result(tmp_path / "alone", tmp_path / "run")
+    shown = [text.split("It took")[0] for text in (alone, capfd.readouterr().out)]
+    assert shown[0] == shown[1], "one process alone prints"
+
+
+def test_a_process_that_dies_ends_all_and_another_number_goes_on(
+    world, tmp_path, monkeypatch, capfd
+):
+    """The others waiting for it for half an hour; a state that belongs to a number of processes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(lander, "SAVE_EVERY", 0)
+    words = arguments(world, "--steps", "6", pair="qaa-qab,qac-qab")
+    assert lander.main([*words, "--out", "alone"]) == 0
+    Interrupt(monkeypatch, "train_step", 4)
+    assert lander.main(words) == 130
+    capfd.readouterr()
+    # SIGKILL to the second of two, in the middle of its first step.
+    script = tmp_path / "dies.py"
+    script.write_text(DIES.format(root=str(Path(lander.__file__).parent)))
+    began = time.monotonic()
+    command = torchrun(2, *words, "--resume")
+    command[command.index(lander.__file__)] = str(script)
+    assert subprocess.run(command).returncode != 0
+    assert time.monotonic() - began < 60
+    failed = [line for line in capfd.readouterr().err.splitlines() if " failed (exitcode: " in line]
+    assert len(failed) == 1 and "-9" in failed[0] and "local_rank: 1" in failed[0]
+    assert subprocess.run(torchrun(3, *words, "--resume")).returncode == 0
+    assert_same_result(tmp_path / "alone", tmp_path / "run")
+    assert subprocess.run(torchrun(2, *words)).returncode != 0
+    assert capfd.readouterr().err.count("error: run: holds a run already") == 1
+
+
+DIES = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import lander
+
+
+def dies(*arguments):
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(*arguments)
+
+
+step, lander.train_step = lander.train_step, dies
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+sys.exit(lander.main())
+"""
+
 ON_PRETEND = """
 import sys
 from study import pretend
@@ -1067,7 +1154,9 @@ def test_a_loss_that_is_no_number_stops_the_run(world, tmp_path, monkeypatch, ca
 def translations(decoder, sources, **settings):
     """What translate_lines makes of sources, with an all-byte tokenizer. -> lines, how many were cut"""
     settings = lander.Settings(**settings)
-    found = list(lander.translate_lines(decoder, Bytes, "en-de", sources, settings, "x"))
+    found = list(
+        lander.translate_lines(decoder, Bytes, "en-de", [*enumerate(sources)], settings, "x")
+    )
     lines = {number: line for number, line, _ in found}
     return [lines[i] for i in range(len(sources))], sum(cut for _, _, cut in found)
 
@@ -1102,7 +1191,7 @@ def test_a_source_too_long_for_the_model_is_an_empty_line_and_a_note(capsys):
     assert short and long == ""
     assert "line 2" in capsys.readouterr().err
     settings = lander.Settings()
-    list(lander.translate_lines(decoder, Bytes, "en-de", ["b" * 5000], settings, "x", first=1000))
+    list(lander.translate_lines(decoder, Bytes, "en-de", [(1000, "b" * 5000)], settings, "x"))
     assert "line 1001" in capsys.readouterr().err, "a later thousand of --translate counts on"
 
 
