@@ -61,7 +61,8 @@ def exit_status(command, *arguments):
         kinds = MemoryError, torch.OutOfMemoryError
         if not isinstance(error, kinds) and "can't allocate memory" not in str(error):
             raise
-        print("error: out of memory; a smaller --micro-tokens takes less", file=sys.stderr)
+        remedy = "a smaller --micro-tokens (training) or --cache-gb (translating) takes less"
+        print(f"error: out of memory; {remedy}", file=sys.stderr)
         return 2
 
 
@@ -815,15 +816,14 @@ def make_batch(examples, pad_id):
     return Batch(ids, mask, targets)
 
 
-def group_by_length(examples, tokens_per_batch):
-    """Which examples make up which batch: B * T stays within tokens_per_batch where B > 1.
+def group_by_length(lengths, tokens_per_batch):
+    """Which rows make up which batch: B * T stays within tokens_per_batch where B > 1.
 
     Like lengths together, so that little is padding; the longest first, so that memory that does
-    not suffice shows at once. -> lists of indices into examples
+    not suffice shows at once. lengths: tokens of each row. -> lists of indices
     """
-    lengths = [len(prompt) + max(len(target) - 1, 0) for prompt, target in examples]
     groups = []
-    for i in sorted(range(len(examples)), key=lambda i: -lengths[i]):
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if not groups or lengths[groups[-1][0]] * (len(groups[-1]) + 1) > tokens_per_batch:
             groups.append([])
         groups[-1].append(i)
@@ -832,7 +832,8 @@ def group_by_length(examples, tokens_per_batch):
 
 def make_batches(examples, pad_id, tokens_per_batch, seed=None):
     """Batches of examples of like length; a seed shuffles the batches. -> iterator of Batch"""
-    groups = group_by_length(examples, tokens_per_batch)
+    lengths = [len(prompt) + max(len(target) - 1, 0) for prompt, target in examples]
+    groups = group_by_length(lengths, tokens_per_batch)
     if seed is not None:
         random.Random(seed).shuffle(groups)
     for group in groups:

@@ -222,13 +222,10 @@ def neuron_awareness(model, batches, layers, reader="ffn.down"):
         for batch in batches:
             loss = target_loss(model, batch)
             gradients = torch.autograd.grad(loss, [h[layer] for layer in layers])
-            real = batch.mask.to(loss.device)  # [B, T]
-            effects = []
-            for layer, gradient in zip(layers, gradients):
-                effect = h[layer].detach()[real].float() * gradient[real].float()  # [tokens, F]
-                effects.append(effect.abs().sum(0))
-            total += torch.stack(effects)  # [len(layers), F]
-            tokens += int(real.sum())
+            for k, (layer, gradient) in enumerate(zip(layers, gradients)):
+                effect = h[layer].detach() * gradient.float()  # [B, T, F], zero where T is padding
+                total[k] += torch.linalg.vector_norm(effect, 1, (0, 1))  # the sum of |effect|
+            tokens += int(batch.mask.sum())
     return (add_up(total) / add_up(tokens)).float().cpu()
 
 
@@ -560,18 +557,21 @@ def translate_lines(model, tokenizer, pair, sources, settings, label):
             yield number, "", False
         else:
             numbers.append(number)
-            prompts.append((prompt, []))
+            prompts.append(prompt)
     progress = Progress(label, len(prompts), "sentences")
     ends = line_ends(tokenizer)
-    for group in group_by_length(prompts, settings.micro_tokens // settings.beams):
-        batch = make_batch([prompts[i] for i in group], tokenizer.pad_id)
+    limits = [max(3 * len(prompt), LEAST_NEW_TOKENS) for prompt in prompts]
+    lengths = [len(prompt) + limit for prompt, limit in zip(prompts, limits)]
+    room = settings.cache_gb * 1e9 / (model.cache_bytes() * settings.beams)  # tokens
+    for group in group_by_length(lengths, room):
+        batch = make_batch([(prompts[i], []) for i in group], tokenizer.pad_id)
         ids, mask, _ = to_device(batch, model)
-        limits = [max(3 * len(prompts[i][0]), LEAST_NEW_TOKENS) for i in group]
         options = settings.beams, tokenizer.vocab_size, ends
-        continuations = model.generate(ids, mask, limits, tokenizer.eos_id, *options)
-        for i, new, limit in zip(group, continuations, limits):
+        own_limits = [limits[i] for i in group]
+        continuations = model.generate(ids, mask, own_limits, tokenizer.eos_id, *options)
+        for i, new in zip(group, continuations):
             text = tokenizer.decode(new)
-            cut = len(new) == limit and not has_line_break(text.lstrip())
+            cut = len(new) == limits[i] and not has_line_break(text.lstrip())
             yield numbers[i], first_line(text), cut
         progress.add(len(group))
 
@@ -616,7 +616,7 @@ def option(default, help):
 MANY = 2**31 - 1
 RANGES = {name: (1, MANY) for name in ("layers", "batch", "max_tokens", "micro_tokens")}
 RANGES |= {"score_sentences": (1, MANY), "steps": (0, MANY), "eval_sentences": (0, MANY)}
-RANGES |= {"seed": (0, MANY), "beams": (1, 128)}
+RANGES |= {"seed": (0, MANY), "beams": (1, 128), "cache_gb": (0, MANY)}
 
 
 @dataclass
@@ -643,6 +643,7 @@ class Settings:
     eval_pairs: str = option("", "pairs to evaluate: all, or a list; none: the tuned ones")
     eval_sentences: int = option(0, "test sentences of each pair; 0: all")
     beams: int = option(1, "beam search with so many beams; 1: greedy")
+    cache_gb: float = option(2.0, "GB for the keys and values of a batch of translations")
     device: str = option("", "cpu, cuda, cuda:1, ...; none: cuda where there is one")
     dtype: str = option("", "float32 or bfloat16; none: float32 on the cpu, bfloat16 elsewhere")
     seed: int = option(0, "of shuffling and sampling")

@@ -17,6 +17,7 @@ L layers, H heads, d = D / H head size.
 import math
 import re
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -328,13 +329,37 @@ def make_norm(config):
 class Linear(nn.Linear):
     """A linear layer whose weights are cast to the input's type: fp32 masters run in 16 bits."""
 
+    zero_rows = zero_columns = 0  # that a product in 16 bits adds to the weight
+    ready = None  # what operands() gave, while nothing changes: see cast_once
+
     def reset_parameters(self):
         """Nothing: the Decoder fills new weights, and load_model and FFN.part bring their own."""
 
+    def operands(self, dtype):
+        """Weight and bias as a product in that type takes them."""
+        weight, bias = self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
+        if dtype.itemsize == 2 and self.zero_rows + self.zero_columns:
+            weight = functional.pad(weight, (0, self.zero_columns, 0, self.zero_rows))
+            bias = None if bias is None else functional.pad(bias, (0, self.zero_rows))
+        return weight, bias
+
     def forward(self, x):
         """[.., in] -> [.., out]"""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return functional.linear(x, self.weight.to(x.dtype), bias)
+        return functional.linear(x, *(self.ready or self.operands(x.dtype)))
+
+
+@contextmanager
+def cast_once(model):
+    """While open, what is cast in each pass is cast once: for many passes in which nothing learns."""
+    dtype = model.embedding.weight.dtype
+    linears = [module for module in model.modules() if isinstance(module, Linear)]
+    for linear in linears:
+        linear.ready = linear.operands(dtype)
+    try:
+        yield
+    finally:
+        for linear in linears:
+            linear.ready = None
 
 
 class Attention(nn.Module):
@@ -397,7 +422,9 @@ class FFN(nn.Module):
         """Some neurons, by number, as an FFN of their own: copies, without the output bias.
 
         Since the FFN is a sum over neurons, the parts of a partition add up to the whole:
-        part(a)(x) + part(b)(x) + down.bias = ffn(x), where a and b are all neurons.
+        part(a)(x) + part(b)(x) + down.bias = ffn(x), where a and b are all neurons. In 16 bits zero
+        neurons, which add nothing and learn nothing, fill it up to a multiple of 8: fast matrix
+        kernels need rows of 16 bytes.
         """
         with torch.device("meta"):
             part = FFN(replace(self.config, ffn_size=len(index)))
@@ -408,6 +435,9 @@ class FFN(nn.Module):
             if name in NEURON_DIMENSION:
                 own[name] = weight.index_select(NEURON_DIMENSION[name], index).to(dtype)
         part.load_state_dict(own, assign=True)
+        part.up.zero_rows = part.down.zero_columns = -len(index) % 8
+        if part.gate is not None:
+            part.gate.zero_rows = part.up.zero_rows
         return part
 
     @torch.no_grad()
@@ -502,6 +532,11 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.length = keys
 
+    def cache_bytes(self):
+        """What the keys and values of one token take, of all layers."""
+        config = self.config
+        return 2 * config.layers * config.hidden_size * self.embedding.weight.itemsize
+
     def head_weight(self, vocab_size=None):
         """The head's first `vocab_size` rows (None: all), and the norms to divide its logits by.
 
@@ -537,15 +572,17 @@ class Decoder(nn.Module):
             mask = torch.ones_like(ids, dtype=torch.bool)
         order = mask.sum(1).argsort(descending=True, stable=True)  # long prompts first
         head = self.head_weight(vocab_size)
-        cache, logits = read_prompts(self, head, ids[order], mask[order], int(limits.max()), beams)
 
         def next_logits(token):
             """The newest token of each row, [rows, 1] -> logits of the one after it, [rows, V]"""
             return self.logits(self.hidden_states(token, cache=cache)[:, -1], head)
 
         search = greedy_search if beams == 1 else beam_search
-        ends = Ends(eos_id, line_ends, logits.shape[1], device)
-        new, lengths = search(next_logits, logits, cache, limits[order], ends, beams)
+        room = int(limits.max()), beams
+        with cast_once(self):
+            cache, logits = read_prompts(self, head, ids[order], mask[order], *room)
+            ends = Ends(eos_id, line_ends, logits.shape[1], device)
+            new, lengths = search(next_logits, logits, cache, limits[order], ends, beams)
         continuations = [None] * B
         for b, row, length in zip(order.tolist(), new.tolist(), lengths.tolist()):
             continuations[b] = row[:length]

@@ -421,6 +421,54 @@ def test_a_part_is_a_copy_in_its_own_type():
     assert part(torch.ones(1, 1, 32, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("kind", ["bloom", "biased gate"])
+def test_a_part_computes_in_16_bits_with_a_multiple_of_8(kind):
+    """Rows that no fast kernel reads; zero neurons that add something, or that are saved with the part."""
+    torch.manual_seed(0)
+    decoder = randomize(tiny_decoder("rotary" if kind == "biased gate" else kind))
+    if kind == "biased gate":
+        decoder = with_biases(decoder)
+    part = decoder.blocks[0].ffn.part(list(range(13)), torch.float32)
+    exact = decoder.blocks[0].ffn.part(list(range(13)), torch.float32)
+    for linear in (exact.gate, exact.up, exact.down):
+        if linear is not None:
+            linear.zero_rows = linear.zero_columns = 0
+    read = []
+    part.down.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
+    x = torch.randn(5, decoder.config.hidden_size).bfloat16()
+    y = part(x)
+    torch.testing.assert_close(y, exact(x))
+    y.square().sum().backward()
+    exact(x).square().sum().backward()
+    assert read[0].shape == (5, 16) and not read[0][:, 13:].any()
+    for (name, one), two in zip(part.named_parameters(), exact.parameters()):
+        assert one.shape == two.shape and 13 in one.shape, name
+        torch.testing.assert_close(one.grad, two.grad, rtol=0.02, atol=0.02)
+    part(x.float())
+    assert read[1].shape == (5, 13)
+
+
+def test_generation_casts_weights_once(monkeypatch):
+    """A cast of the trained parts at every token, 17% of the time; or a cast that outlives them."""
+    decoder = tiny_decoder("bloom").bfloat16()
+    lander.install_routing(decoder, random_groups(decoder, {"en-de": [0, 1]}))
+    lander.route(decoder, "en-de")
+    calls, operands = [], model.Linear.operands
+    monkeypatch.setattr(
+        model.Linear, "operands", lambda self, dtype: calls.append(self) or operands(self, dtype)
+    )
+    ids = torch.tensor([[5, 6, 7]])
+    before = decoder.generate(ids, None, 9, eos_id=89)
+    assert (
+        len(set(calls)) == len(calls) == sum(isinstance(m, model.Linear) for m in decoder.modules())
+    )
+    logits = decoder(ids)
+    with torch.no_grad():
+        decoder.blocks[1].ffn.general.up.weight.mul_(-3)
+    assert not torch.equal(decoder(ids), logits)
+    assert before != decoder.generate(ids, None, 9, eos_id=89)
+
+
 @pytest.mark.parametrize("routing", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_freshly_routed_model_is_the_pretrained_one(kind, routing):
@@ -1176,9 +1224,9 @@ def test_translations_do_not_depend_on_their_neighbours(beams):
     sources = ["a", "", "a longer one, longer than the others", "two words", " ", "b" * 40]
     expected, cut = translations(decoder, sources, beams=beams)
     assert cut > 0 and expected[1] == expected[4] == "" and max(map(len, expected)) > 64
-    for micro_tokens in (1, 300, 10**6):
+    for cache_gb in (0, 3e-4, 1):
         for max_tokens in (8, 256):
-            options = dict(micro_tokens=micro_tokens, max_tokens=max_tokens, beams=beams)
+            options = dict(cache_gb=cache_gb, max_tokens=max_tokens, beams=beams)
             assert translations(decoder, sources, **options) == (expected, cut)
     alone = [translations(decoder, [source], beams=beams) for source in sources]
     assert [lines[0] for lines, _ in alone] == expected and sum(cut for _, cut in alone) == cut
