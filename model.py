@@ -262,7 +262,7 @@ def attention_bias(config, mask, queries, keys, device, dtype):
     ranks among them is the distance of their indices.
     mask [B, keys] or None -> [1 or B, 1 or H, queries, keys], None where causal order decides alone
     """
-    if config.positions == "rotary" and mask is None:
+    if config.positions == "rotary" and mask is None and queries in (1, keys):
         return None
     key = torch.arange(keys, device=device)
     distance = key[keys - queries :, None] - key  # [queries, keys]
@@ -598,24 +598,40 @@ class Decoder(nn.Module):
 # against the four lines.
 
 
+ROOM = 32  # tokens by which a cache grows
+
+
 class Cache:
-    """Keys and values so far, [L, 2, rows, H, T, d]; mask [rows, T], None where all is real."""
+    """Keys and values so far, of each layer [2, rows, H, room for T, d]; mask [rows, T] or None.
 
-    def __init__(self, store, mask, rows, length=0):
-        self.store, self.mask, self.rows, self.length = store, mask, rows, length
+    Most translations end long before their limit: room for the new tokens is made as they come.
+    """
 
-    def part(self, first, last, start):
+    def __init__(self, stores, mask, rows, length=0):
+        self.stores, self.mask, self.rows, self.length = stores, mask, rows, length
+
+    @classmethod
+    def empty(cls, model, rows, tokens, mask=None):
+        """New memory for that many tokens of that many rows."""
+        heads, weight = model.config.heads, model.embedding.weight
+        shape = 2, rows, heads, tokens, model.config.hidden_size // heads
+        return cls([weight.new_empty(shape) for _ in model.blocks], mask, rows)
+
+    def part(self, first, last, start, length):
         """A cache over the same memory: rows from first to last, tokens from `start` on."""
+        stores = [store[:, first:last, :, start:] for store in self.stores]
         mask = None if self.mask is None else self.mask[first:last, start:]
-        return Cache(self.store[:, :, first:last, :, start:], mask, last - first)
+        return Cache(stores, mask, last - first, length)
 
     def append(self, layer, key, value):
         """Store a layer's new keys and values, [rows, H, new, d] each.
 
         -> all of this layer so far, [2, rows, H, length + new, d]
         """
-        end = self.length + key.shape[2]
-        store = self.store[layer, :, : self.rows]
+        end, store = self.length + key.shape[2], self.stores[layer][:, : self.rows]
+        if end > store.shape[3]:
+            self.stores[layer] = functional.pad(store, (0, 0, 0, ROOM))
+            store = self.stores[layer]
         store[0, :, :, self.length : end] = key
         store[1, :, :, self.length : end] = value
         return store[:, :, :, :end]
@@ -626,8 +642,9 @@ class Cache:
         stays = sources == torch.arange(self.rows, device=sources.device)
         moved = (~stays).nonzero().flatten()
         if len(moved):
-            span = slice(start, self.length)
-            self.store[:, :, moved, :, span] = self.store[:, :, sources[moved], :, span]
+            for store in self.stores:
+                own = store[:, :, :, start : self.length]
+                own[:, moved] = own[:, sources[moved]]
         if self.mask is not None:
             self.mask = self.mask[sources]
 
@@ -638,28 +655,38 @@ PROMPTS_AT_ONCE = 16
 def read_prompts(model, head, ids, mask, max_new_tokens, beams):
     """Fill a new cache with prompts, sorted by length, the longest first. ids, mask [B, T]
 
+    What all of them begin with, as the prompts of one pair do, is read once.
     -> the cache, with room for `beams` rows a prompt; logits of the first new token, [B, V]
     """
-    B = len(ids)
-    lengths = mask.sum(1).tolist()
-    T = lengths[0]
+    B, lengths = len(ids), mask.sum(1)
+    T, shortest = int(lengths[0]), int(lengths[-1])
+    begins = ids.gather(1, mask.long().argsort(dim=1, descending=True, stable=True))[:, :shortest]
+    same = (begins == begins[0]).all(0)[:-1]  # a token is left to read, which has the logits
+    shared = int(same.cumprod(0).sum()) if B > 1 else 0
     # All padding to the left, so that the newest column is every row's last token.
-    columns = mask.long().argsort(dim=1, stable=True)[:, -T:]
-    ids, mask = ids.gather(1, columns), mask.gather(1, columns)
-    config, weight = model.config, model.embedding.weight
-    head_size = config.hidden_size // config.heads
-    rows, tokens = B * beams, T + max_new_tokens
-    store = weight.new_empty(config.layers, 2, rows, config.heads, tokens, head_size)
+    real_columns = mask.long().argsort(dim=1, stable=True)[:, -T:]
+    ids, mask = ids.gather(1, real_columns), mask.gather(1, real_columns)
+    padding = T - lengths  # [B]
+    prefix = Cache.empty(model, 1, shared)
+    if shared:
+        model.hidden_states(ids[:1, :shared], cache=prefix)
+
     real = None if mask.all() else functional.pad(mask, (0, max_new_tokens), value=True)
-    cache = Cache(store, real, B, T)
+    cache = Cache.empty(model, B * beams, T + ROOM, real)
+    cache.rows, cache.length = B, T
     logits = []
     for first in range(0, B, PROMPTS_AT_ONCE):
-        last = min(first + PROMPTS_AT_ONCE, B)
-        start = T - lengths[first]  # the columns before are padding in all of these rows
-        # Padding is masked, but memory that was never written may be NaN, and 0 * NaN is NaN.
-        store[:, :, first:last, :, :start] = 0
-        part = cache.part(first, last, start)
-        hidden = model.hidden_states(ids[first:last, start:], cache=part)
+        rows = slice(first, min(first + PROMPTS_AT_ONCE, B))
+        start = int(padding[first])  # the columns before are padding in all of these rows
+        column = torch.arange(start + shared, device=ids.device)
+        place = column - padding[rows, None]  # in the prefix; padding where negative
+        for store, own in zip(cache.stores, prefix.stores):
+            known = store[:, rows, :, : start + shared].transpose(1, 2)  # [2, H, rows, T, d]
+            # Padding is masked, but memory that was never written may be NaN, and 0 * NaN is NaN.
+            known.zero_()
+            known[:, :, place >= 0] = own[:, 0][:, :, place[place >= 0]]
+        part = cache.part(rows.start, rows.stop, start, shared)
+        hidden = model.hidden_states(ids[rows, start + shared :], cache=part)
         logits.append(model.logits(hidden[:, -1], head))
     return cache, torch.cat(logits)
 

@@ -1,12 +1,17 @@
-"""Times this project against transformers and tokenizers: the same work on the same weights, in turn, in one run.
+"""Times this project against transformers, peft and tokenizers: the same work on the same weights, in turn, in one run.
 
     python study/bench.py --weights bloom-560m/ --data wmt16/ --pair en-de    # a BLOOM folder with its tokenizer
-    python study/bench.py --shape 1024,4,16,50000                             # random weights (D,L,H,V) and ids
+    python study/bench.py --shape 1024,4,16,50000                             # random weights (D,L,H,V) and text
     python study/bench.py --weights bloom-560m/ --device cuda --dtype bfloat16
 
 load       the checkpoint folder into a model on the device
 train      forward and backward, gradients of every weight, over one padded batch of translation examples
+lora       a step of ours (general and own neurons and routers of --layers layers) against one of peft's LoRA, all linear
+           layers, r 8: the same passes, clipping and AdamW
+full       the same step of ours against full finetuning in transformers
+score      neuron_awareness of --layers layers against a plain forward and backward pass of the same model down to them
 generate   greedy continuations of 64 prompts of mixed length in one batch
+evaluate   translating a test set to the end of the line, against transformers sorted by length, at its best batch size
 tokenize   10,000 sentences one by one, by a new tokenizer each time, so that no cache is warm
 
 A row gives the median seconds of each, the ratio of medians (above 1: ours is faster) and the smallest and largest
@@ -14,24 +19,36 @@ ratio of two neighbouring runs. The run fails where the two do not give the same
 """
 
 import argparse
+import copy
 import os
 import random
 import statistics
 import sys
 import tempfile
 import time
+import zlib
 from pathlib import Path
 
 os.environ["RAYON_NUM_THREADS"] = "1"  # the Rust library, single-threaded
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import peft
 import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import load_tokenizer, make_batch, read_parallel, render
+import lander
+from data import (
+    first_line,
+    line_ends,
+    load_tokenizer,
+    make_batch,
+    make_batches,
+    read_parallel,
+    render,
+)
 from model import Config, Decoder, load_model, save_model
 
 transformers.utils.logging.disable_progress_bar()
@@ -79,11 +96,10 @@ def load(folder, args):
 
 
 def train(model, reference, examples, args):
-    ids, mask, targets = (tensor.to(args.device) for tensor in make_batch(examples, PAD))
+    batch = make_batch(examples, PAD)
+    ids, mask, targets = (tensor.to(args.device) for tensor in batch)
     wanted = targets != -100
-    # transformers shifts labels itself, so that eos must be an input there: one more column.
-    their_ids, their_mask = F.pad(ids, (0, 1), value=PAD), F.pad(mask, (0, 1)).long()
-    labels = F.pad(targets, (1, 0), value=-100)
+    ((their_ids, their_mask, labels),) = their_batches([batch], args.device)
     losses = {}
 
     def ours():
@@ -107,6 +123,76 @@ def train(model, reference, examples, args):
     )
     print(f"{'':<10}{mask.sum()} tokens in {len(ids)} sentences, {wanted.sum()} of them targets")
     model.zero_grad(), reference.zero_grad()
+
+
+def their_batches(batches, device):
+    """Batches as transformers takes them: labels are shifted there, so that eos must be an input, too."""
+    converted = []
+    for ids, mask, targets in batches:
+        labels = F.pad(targets, (1, 0), value=-100)
+        row = F.pad(ids, (0, 1), value=PAD), F.pad(mask, (0, 1)).long(), labels
+        converted.append([tensor.to(device) for tensor in row])
+    return converted
+
+
+def their_step(reference, batches, optimizer):
+    tokens = sum(int((labels != -100).sum()) for _, _, labels in batches)
+    for ids, mask, labels in batches:
+        own = int((labels != -100).sum())
+        loss = reference(input_ids=ids, attention_mask=mask, labels=labels).loss
+        (loss * (own / tokens)).backward()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    torch.nn.utils.clip_grad_norm_(parameters, lander.CLIP_NORM)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def adamw(parameters):
+    return torch.optim.AdamW(parameters, lr=1e-6, weight_decay=lander.WEIGHT_DECAY, fused=True)
+
+
+def select(model, count):
+    """Layers, evenly spaced."""
+    return [model.config.layers * (i + 1) // (count + 1) for i in range(count)]
+
+
+def tune(model, reference, examples, args):
+    batches = list(make_batches(examples, PAD, lander.Settings.micro_tokens))
+    theirs = their_batches(batches, args.device)
+    tuned, pairs = copy.deepcopy(model), ["en-de", "de-en", "en-fr", "fr-en"]
+    selected = select(model, args.layers)
+    awareness = torch.rand(len(pairs), args.layers, model.config.ffn_size)
+    owner = lander.categorize(awareness, lander.Settings.epsilon)
+    groups = lander.describe_groups(awareness, owner, pairs, {"en-de": selected})
+    lander.install_routing(tuned, groups)
+    lander.route(tuned, "en-de")
+    learners = lander.what_learns(tuned, "en-de").values()
+    optimizer = adamw(learners)
+    settings = peft.LoraConfig(
+        r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    for name in ("lora", "full"):
+        rival = copy.deepcopy(reference)
+        rival = peft.get_peft_model(rival, settings) if name == "lora" else rival
+        their_optimizer = adamw([p for p in rival.parameters() if p.requires_grad])
+        ours = lambda: lander.train_step(tuned, batches, optimizer, learners)
+        alternate(name, ours, lambda: their_step(rival, theirs, their_optimizer), args)
+    counts = [sum(p.numel() for p in own) for own in (learners, model.parameters())]
+    print(f"{'':<10}{len(batches)} passes; {counts[0]:,} of {counts[1]:,} weights learn in ours")
+
+
+def score(model, examples, args):
+    batches = list(make_batches(examples, PAD, lander.Settings.micro_tokens))
+    selected = select(model, args.layers)
+    model.requires_grad_(False)
+
+    def plain():
+        with lander.recording(model, selected) as h:
+            for batch in batches:
+                torch.autograd.grad(lander.target_loss(model, batch), h[selected[0]])
+
+    alternate("score", lambda: lander.neuron_awareness(model, batches, selected), plain, args)
+    model.requires_grad_(True)
 
 
 def generate(model, reference, prompts, args):
@@ -136,6 +222,81 @@ def generate(model, reference, prompts, args):
     print(
         f"{'':<10}{mask.sum()} prompt tokens, {sum(map(len, theirs))} new; {same} of {len(theirs)} the same"
     )
+
+
+class Words:
+    """A tokenizer for random weights: an id for each word, the same in every run. No word ends a line."""
+
+    pad_id, eos_id = PAD, EOS
+
+    def __init__(self, vocab_size):
+        self.vocab_size = vocab_size
+
+    def encode(self, text):
+        return [4 + zlib.crc32(word.encode()) % (self.vocab_size - 4) for word in text.split()]
+
+    def decode(self, ids):
+        return " ".join(f"w{id}" for id in ids)
+
+
+class LineEnd(transformers.StoppingCriteria):
+    """A sentence is done when a token ended its line."""
+
+    def __init__(self, tokenizer, device):
+        self.ending = line_ends(tokenizer).ends_after.to(device)
+
+    def __call__(self, ids, scores, **rest):
+        return self.ending[ids[:, -1]]
+
+
+BATCH_SIZES = 16, 32, 64, 128, 256, 512
+
+
+def evaluate(model, reference, tokenizer, sources, args):
+    settings, lines = lander.Settings(), {}
+    prompts = [render(tokenizer, args.pair, source)[0] for source in sources]
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    criteria = transformers.StoppingCriteriaList([LineEnd(tokenizer, args.device)])
+
+    def ours():
+        numbered = list(enumerate(sources))
+        found = lander.translate_lines(model, tokenizer, args.pair, numbered, settings, "")
+        lines["ours"] = {number: line for number, line, _ in found}
+
+    def theirs(size):
+        found = {}
+        for first in range(0, len(order), size):
+            group = order[first : first + size]
+            longest = len(prompts[group[0]])
+            rows = [[PAD] * (longest - len(prompts[i])) + prompts[i] for i in group]
+            ids = torch.tensor(rows, device=args.device)
+            mask = torch.tensor(
+                [[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in group]
+            )
+            limit = max(3 * longest, lander.LEAST_NEW_TOKENS)
+            out = reference.generate(ids, attention_mask=mask.to(args.device), max_new_tokens=limit, do_sample=False,
+                                     eos_token_id=EOS, pad_token_id=PAD, stopping_criteria=criteria)  # fmt: skip
+            for i, new in zip(group, out[:, longest:].tolist()):
+                new = new[: max(3 * len(prompts[i]), lander.LEAST_NEW_TOKENS)]
+                new = new[: new.index(EOS)] if EOS in new else new
+                found[i] = first_line(tokenizer.decode(new))
+        lines["theirs"] = found
+
+    def seconds(size):
+        start = time.perf_counter()
+        theirs(size)
+        return time.perf_counter() - start
+
+    theirs(BATCH_SIZES[0])  # to warm up
+    sizes = [size for size in BATCH_SIZES if size <= len(sources)]
+    best = min(sizes, key=seconds)
+    alternate("evaluate", ours, lambda: theirs(best), args)
+    same = sum(lines["ours"][i] == lines["theirs"][i] for i in range(len(sources)))
+    # A near tie falls one way or the other with what else is in the batch.
+    require(
+        same > 0.98 * len(sources) or args.dtype != "float32", f"{same} translations are the same"
+    )
+    print(f"{'':<10}{same} of {len(sources)} translations the same; theirs in batches of {best}")
 
 
 def tokenize(folder, sentences, args):
@@ -176,6 +337,8 @@ def main():
     parser.add_argument(
         "--new-tokens", type=int, default=48, help="at most, after each prompt (48)"
     )
+    parser.add_argument("--test-sentences", type=int, default=1000, help="to evaluate on (1000)")
+    parser.add_argument("--layers", type=int, default=4, help="that learn or are scored (4)")
     parser.add_argument("--repeats", type=int, default=9, help="timed runs of each (9)")
     args = parser.parse_args()
     if (args.weights is None) == (args.shape is None):
@@ -208,18 +371,19 @@ def main():
         if args.data:
             tokenizer = load_tokenizer(folder)
             text = read_parallel(args.data, "train", args.pair)
-            examples = [
-                render(tokenizer, args.pair, *pair) for pair in text[: max(64, args.sentences)]
-            ]
+            test = [source for source, _ in read_parallel(args.data, "test", args.pair)]
         else:
-            some_ids = lambda low, high: [
-                rng.randrange(4, model.config.vocab_size) for _ in range(rng.randint(low, high))
-            ]
-            examples = [
-                (some_ids(20, 50), [*some_ids(10, 30), EOS]) for _ in range(max(64, args.sentences))
-            ]
+            tokenizer = Words(model.config.vocab_size)
+            words = lambda: " ".join(f"w{rng.randrange(10**6)}" for _ in range(rng.randint(8, 35)))
+            text = [(words(), words()) for _ in range(args.sentences + args.test_sentences)]
+            test = [source for source, _ in text[args.sentences :]]
+        some = text[: max(64, args.sentences)]
+        examples = [render(tokenizer, args.pair, *pair) for pair in some]
         train(model, reference, examples[: args.sentences], args)
+        tune(model, reference, examples[: args.sentences], args)
+        score(model, examples[: args.sentences], args)
         generate(model, reference, [prompt for prompt, _ in examples[:64]], args)
+        evaluate(model, reference, tokenizer, test[: args.test_sentences], args)
         if args.data and (folder / "tokenizer.json").exists():
             tokenize(folder, [side for pair in text[:5000] for side in pair], args)
 
