@@ -36,7 +36,7 @@ import lander
 import model
 from data import InputError, list_pairs, load_tokenizer, make_batches, read_parallel, render
 from model import Config, Decoder, Family, load_model, save_model
-from study import compare, demo, fuzz, methods, picture, probe
+from study import compare, demo, fuzz, methods, picture, plan, probe
 
 SHARED = Path(__file__).resolve().parent.parent / "shared"
 
@@ -3103,6 +3103,23 @@ def test_batches_hold_every_example_once_and_keep_to_size():
     assert ids(1) == ids(1) != ids(2)
     (long,) = make_batches([([4] * 100, [])], 3, tokens_per_batch=64)
     assert long.ids.shape == (1, 100)
+
+
+@pytest.mark.parametrize("case", plan.CASES)
+def test_a_plan_counts_what_happens(case):
+    """Operations that the real code does not do; tensors without values that live longer, or are not counted."""
+    words = dict(
+        layers=2, pairs=3, micro_tokens=256, cache_gb=1e-3, checkpointing=False, dtype="float32"
+    )
+    args = plan.Namespace(**words)
+    config = tiny_config("bloom", vocabulary=500, layers=4)
+    peak, operations = plan.plan(case, config, args)
+    assert operations == pytest.approx(plan.measure(case, config, args)[1], rel=1e-3)
+    weights = 4 * sum(p.numel() for p in Decoder(config).parameters())
+    logits = 4 * 500 * (256 // plan.SENTENCE) * (plan.TARGET + 1)
+    assert weights + (1e6 if case == "generate" else logits) < peak < 12e6
+    args.micro_tokens = 2048
+    assert (plan.plan(case, config, args)[0] > 2 * peak) == (case != "generate")
 
 
 # --------------------------------------------------------------------------------------------------

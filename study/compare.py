@@ -10,7 +10,7 @@ there are passed over, so that a grid can be stopped, go on, and be split over m
 methods.py has the methods, zero-shot and 5-shot train nothing. Behind a name may stand, in this order:
 
     :300        only that many training sentences, in as many steps
-    +replay     batches of the other pairs' training text alternate with the tuned ones'
+    +replay     batches of the other pairs' scoring text come between the tuned ones', steps of their own
     +l2         weights decay to where they started instead of to zero
     @0.5        no training: that part of the way from the start to the end of the cell without it
 
@@ -145,8 +145,10 @@ def train(model, context, learners, pairs, size, extras, folder):
     if "replay" in extras:
         everything = lander.merged(learners)
         for pair, own in context.inputs.scoring.items():
-            examples.setdefault(pair, own)
-            learners.setdefault(pair, everything)
+            if pair not in examples:
+                examples[pair], learners[pair] = own, everything
+                more = math.ceil(len(own) / settings.batch)
+                settings = replace(settings, steps=settings.steps + more)
     decay = lander.WEIGHT_DECAY
     if "l2" in extras:
         learners, decay = draw_to_start(model, learners), L2_DECAY

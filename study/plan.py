@@ -105,7 +105,6 @@ def one_pass(args):
 
 def score(config, args, groups):
     model = fresh(config, getattr(torch, args.dtype))
-    model.checkpointing = args.checkpointing
     return lambda: lander.neuron_awareness(model, [one_pass(args)], selection(config, args))
 
 
@@ -198,7 +197,7 @@ MODELS = {
                           num_attention_heads=40, vocab_size=125696),
 }  # fmt: skip
 # layers, micro-tokens, checkpointing
-SETTINGS = [(2, 1024, True), (2, 2048, False), (4, 1024, True), (4, 2048, False), (8, 2048, True)]
+SETTINGS = [(2, 1024, True), (4, 2048, False), (4, 1024, True), (8, 2048, True)]
 CARDS = 24, 40, 80  # GB
 CONTEXT = 1.0  # GB of a card that are not for tensors
 
