@@ -1,17 +1,17 @@
 """A decoder-only transformer from scratch that reads and writes published checkpoints.
 
-    model = load_model("bloom-7b1/", device="cuda")             # BLOOM or Baichuan, safetensors
+    model = load_model("bloom-7b1/", device="cuda")             # any of FAMILIES, safetensors
     logits = model(ids, mask)                                   # [B, T] -> [B, T, V]
     new_ids = model.generate(ids, mask, max_new_tokens=128, eos_id=2, beams=4)
 
     python model.py convert Baichuan2-7B-Base/                  # pytorch_model*.bin -> safetensors
 
-In this file: Config and the families (the only place that knows BLOOM from Baichuan: a reader of
+In this file: Config and the families (the only place that knows BLOOM from LLaMA: a reader of
 config.json and a map of tensor names each); positions; the layers, with FFN.part; the Decoder;
 generation; loading, saving, converting.
 
 Letters: B sentences, T tokens, D hidden size, F neurons of one feed-forward layer, V vocabulary,
-L layers, H heads, d = D / H head size.
+L layers, H heads, H_kv heads of keys and values, d head size.
 """
 
 import math
@@ -45,6 +45,8 @@ class Config:
     ffn_size: int  # F
     layers: int  # L
     heads: int  # H
+    kv_heads: int  # H_kv, of keys and values: query head h reads number h // (H / H_kv)
+    head_size: int  # d
     positions: str  # "alibi" or "rotary"
     norm: str  # "layer" (with bias) or "rms"
     norm_eps: float
@@ -53,11 +55,16 @@ class Config:
     query_key_value: (
         str  # rows of the fused projection: "interleaved" (H, 3, d) or "stacked" (3, H, d)
     )
+    query_key_value_bias: bool
+    output_bias: bool  # of attention
     gated: bool  # feed-forward: silu(gate) * up, else tanh-GELU(up)
-    bias: bool  # the linear layers have biases
+    ffn_bias: bool
     head: str  # "tied" to the embedding, "plain", or "normalized" (unit rows)
     max_length: int  # tokens that the model was made for
     published: dict  # config.json as it was read; save_model writes it back
+    rotary_base: float = 10000.0
+    rotary_scaling: dict | None = None  # as config.json has it, of type linear or llama3
+    window: int | None = None  # tokens that attention sees; longer input is refused
 
     @classmethod
     def from_folder(cls, folder):
@@ -80,11 +87,13 @@ class Config:
             config = cls(family=name, published=published, **family.read(published))
         except KeyError as error:
             raise InputError(f"{where}: no {error.args[0]}") from None
-        except TypeError:
+        except (TypeError, ZeroDivisionError):
             raise InputError(f"{where}: a size is no number") from None
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
         config.check(where)
         # What would be another function must not be passed over.
-        for key in ("quantization_config", "rope_scaling"):
+        for key in ("quantization_config", *family.refuses):
             if published.get(key) is not None:
                 raise InputError(f"{where}: {key} is set, which is not supported")
         activation = published.get("hidden_act", family.activation)
@@ -95,17 +104,18 @@ class Config:
 
     def check(self, where):
         """InputError for fields that no model can have."""
-        for name in ("vocab_size", "hidden_size", "ffn_size", "layers", "heads", "max_length"):
+        sizes = "vocab_size", "hidden_size", "ffn_size", "layers", "heads", "kv_heads", "head_size"
+        for name in (*sizes, "max_length"):
             size = getattr(self, name)
             if type(size) is not int or not 1 <= size < 2**24:
                 raise InputError(f"{where}: {name} is {size!r}, expected a positive integer")
-        if self.hidden_size % self.heads:
-            found = f"hidden size {self.hidden_size} does not divide into {self.heads} heads"
+        if self.heads % self.kv_heads:
+            found = f"{self.heads} heads do not divide into {self.kv_heads} of keys and values"
             raise InputError(f"{where}: {found}")
         if self.positions not in ("alibi", "rotary"):
             raise InputError(f"{where}: positions is {self.positions!r}, expected alibi or rotary")
-        if self.positions == "rotary" and self.hidden_size // self.heads % 2:
-            found = f"heads of {self.hidden_size // self.heads} numbers"
+        if self.positions == "rotary" and self.head_size % 2:
+            found = f"heads of {self.head_size} numbers"
             raise InputError(f"{where}: {found}, expected an even number for rotary positions")
         if type(self.norm_eps) is not float or not 0 < self.norm_eps < 1:
             raise InputError(f"{where}: norm_eps is {self.norm_eps!r}, expected a small number")
@@ -113,6 +123,7 @@ class Config:
 
 # Keys of config.json that are true, false or absent.
 SWITCHES = ("apply_residual_connection_post_layernorm", "tie_word_embeddings", "normalize_head")
+SWITCHES += ("attention_bias", "mlp_bias", "use_sliding_window")
 
 
 class Family(NamedTuple):
@@ -123,6 +134,7 @@ class Family(NamedTuple):
     prefix: str = ""  # may stand before every published name
     drops: str = "(?!)"  # regex of tensors that files may have and the model does not need
     activation: str = "silu"  # what hidden_act says, where config.json has it
+    refuses: tuple = ("rope_scaling",)  # keys of config.json that must not be set
 
 
 def first_of(published, *keys):
@@ -136,23 +148,35 @@ def first_of(published, *keys):
     raise KeyError(" or ".join(keys))
 
 
+def split_heads(hidden_size, heads):
+    """-> head size. InputError where heads do not divide the hidden size."""
+    if hidden_size % heads:
+        raise InputError(f"hidden size {hidden_size} does not divide into {heads} heads")
+    return hidden_size // heads
+
+
 def read_bloom(published):
     """BLOOM's config.json, published (n_embed, num_attention_heads) or re-saved (hidden_size)."""
     hidden_size = first_of(published, "n_embed", "hidden_size")
+    heads = first_of(published, "n_head", "num_attention_heads")
     return dict(
         vocab_size=published["vocab_size"],
         hidden_size=hidden_size,
         ffn_size=4 * hidden_size,
         layers=first_of(published, "n_layer", "num_hidden_layers"),
-        heads=first_of(published, "n_head", "num_attention_heads"),
+        heads=heads,
+        kv_heads=heads,
+        head_size=split_heads(hidden_size, heads),
         positions="alibi",
         norm="layer",
         norm_eps=published.get("layer_norm_epsilon", 1e-5),
         embedding_norm=True,
         residual_after_norm=published.get("apply_residual_connection_post_layernorm", False),
         query_key_value="interleaved",
+        query_key_value_bias=True,
+        output_bias=True,
         gated=False,
-        bias=True,
+        ffn_bias=True,
         head="tied" if published.get("tie_word_embeddings", True) else "plain",
         max_length=published.get("seq_length", 2048),
     )
@@ -173,6 +197,8 @@ def read_baichuan(published):
         ffn_size=published["intermediate_size"],
         layers=published["num_hidden_layers"],
         heads=published["num_attention_heads"],
+        kv_heads=published["num_attention_heads"],
+        head_size=split_heads(published["hidden_size"], published["num_attention_heads"]),
         positions=published.get("positions", "rotary" if rotary else "alibi"),
         norm="rms",
         norm_eps=published.get("rms_norm_eps", 1e-6),
@@ -181,13 +207,97 @@ def read_baichuan(published):
         # The trap: W_pack has the shape of BLOOM's fused weight, so that a mix-up loads cleanly
         # and computes garbage.
         query_key_value="stacked",
+        query_key_value_bias=False,
+        output_bias=False,
         gated=True,
-        bias=False,
+        ffn_bias=False,
         head="normalized" if published.get("normalize_head", normalized) else "plain",
         max_length=published.get("max_position_embeddings")
         or published.get("model_max_length", 4096),
     )
 
+
+def read_rotary(published):
+    """Base and scaling of rotary positions, in either spelling. -> fields of Config"""
+    parameters = published.get("rope_parameters") or {}  # of files saved since transformers 5
+    scaling = dict(parameters or published.get("rope_scaling") or {})
+    base = scaling.pop("rope_theta", published.get("rope_theta", 10000.0))
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    needed = {"default": [], "linear": ["factor"], "llama3": list(LLAMA3_SCALING)}
+    if kind not in needed:
+        raise InputError(f"rope_scaling of type {kind!r}, expected {', '.join(needed)}")
+    for name in needed[kind]:
+        if not isinstance(scaling[name], (int, float)) or scaling[name] <= 0:
+            raise InputError(f"rope_scaling: {name} is {scaling[name]!r}, expected a number")
+    if not isinstance(base, (int, float)) or base <= 1:
+        raise InputError(f"rope_theta is {base!r}, expected a number above 1")
+    scaling["rope_type"] = kind
+    return dict(rotary_base=float(base), rotary_scaling=None if kind == "default" else scaling)
+
+
+LLAMA3_SCALING = (
+    "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
+)  # fmt: skip
+
+
+def read_llama(published):
+    """LLaMA's config.json: LLaMA 1 to 3, ALMA, Tower; what absent keys mean is transformers' choice."""
+    hidden_size, heads = published["hidden_size"], published["num_attention_heads"]
+    bias = published.get("attention_bias", False)
+    return dict(
+        vocab_size=published["vocab_size"],
+        hidden_size=hidden_size,
+        ffn_size=published["intermediate_size"],
+        layers=published["num_hidden_layers"],
+        heads=heads,
+        kv_heads=published.get("num_key_value_heads") or heads,
+        head_size=published.get("head_dim") or split_heads(hidden_size, heads),
+        positions="rotary",
+        norm="rms",
+        norm_eps=published.get("rms_norm_eps", 1e-6),
+        embedding_norm=False,
+        residual_after_norm=False,
+        query_key_value="stacked",
+        query_key_value_bias=bias,
+        output_bias=bias,
+        gated=True,
+        ffn_bias=published.get("mlp_bias", False),
+        head="tied" if published.get("tie_word_embeddings", False) else "plain",
+        max_length=published.get("max_position_embeddings", 2048),
+        **read_rotary(published),
+    )
+
+
+def read_mistral(published):
+    """Mistral's config.json. Without num_key_value_heads it has 8, without sliding_window 4096."""
+    fields = read_llama({"num_key_value_heads": 8, "max_position_embeddings": 131072} | published)
+    return fields | {"window": published.get("sliding_window", 4096)}
+
+
+def read_qwen2(published):
+    """Qwen2's config.json. Query, key and value have biases, and no key says so."""
+    fields = read_llama({"num_key_value_heads": 32, "max_position_embeddings": 32768} | published)
+    fields |= {"query_key_value_bias": True, "output_bias": False, "ffn_bias": False}
+    if published.get("use_sliding_window", False):
+        fields["window"] = published.get("sliding_window", 4096)
+    return fields
+
+
+LLAMA_NAMES = {
+    "embedding": "model.embed_tokens",
+    "blocks.{}.attention_norm": "model.layers.{}.input_layernorm",
+    "blocks.{}.attention.query_key_value": tuple(
+        f"model.layers.{{}}.self_attn.{name}_proj" for name in "qkv"
+    ),
+    "blocks.{}.attention.output": "model.layers.{}.self_attn.o_proj",
+    "blocks.{}.ffn_norm": "model.layers.{}.post_attention_layernorm",
+    "blocks.{}.ffn.gate": "model.layers.{}.mlp.gate_proj",
+    "blocks.{}.ffn.up": "model.layers.{}.mlp.up_proj",
+    "blocks.{}.ffn.down": "model.layers.{}.mlp.down_proj",
+    "final_norm": "model.norm",
+    "head": "lm_head",
+}
+INVERSE_FREQUENCIES = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"  # recomputed, in fp32
 
 FAMILIES = {
     "bloom": Family(
@@ -210,21 +320,14 @@ FAMILIES = {
     ),
     "baichuan": Family(
         read=read_baichuan,
-        names={
-            "embedding": "model.embed_tokens",
-            "blocks.{}.attention_norm": "model.layers.{}.input_layernorm",
-            "blocks.{}.attention.query_key_value": "model.layers.{}.self_attn.W_pack",
-            "blocks.{}.attention.output": "model.layers.{}.self_attn.o_proj",
-            "blocks.{}.ffn_norm": "model.layers.{}.post_attention_layernorm",
-            "blocks.{}.ffn.gate": "model.layers.{}.mlp.gate_proj",
-            "blocks.{}.ffn.up": "model.layers.{}.mlp.up_proj",
-            "blocks.{}.ffn.down": "model.layers.{}.mlp.down_proj",
-            "final_norm": "model.norm",
-            "head": "lm_head",
-        },
-        drops=r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",  # recomputed, in fp32
+        names=LLAMA_NAMES
+        | {"blocks.{}.attention.query_key_value": "model.layers.{}.self_attn.W_pack"},
+        drops=INVERSE_FREQUENCIES,
     ),
 }
+for name, read in {"llama": read_llama, "mistral": read_mistral, "qwen2": read_qwen2}.items():
+    drops = rf"{INVERSE_FREQUENCIES}|lm_head\.weight"  # a file may repeat a tied head
+    FAMILIES[name] = Family(read=read, names=LLAMA_NAMES, drops=drops, refuses=())
 
 
 def published_names(family, parameter):
@@ -237,6 +340,13 @@ def published_names(family, parameter):
     names = FAMILIES[family].names[re.sub(r"\d+", "{}", module)]
     names = (names,) if isinstance(names, str) else names
     return [f"{name.format(layer and layer[0])}.{kind}" for name in names]
+
+
+def piece_rows(config, parameter, names):
+    """How many rows of a parameter each of its published tensors has: all, or query, key, value."""
+    if len(names) == 1:
+        return [len(parameter)]
+    return [heads * config.head_size for heads in (config.heads, config.kv_heads, config.kv_heads)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -279,8 +389,27 @@ def attention_bias(config, mask, queries, keys, device, dtype):
     return torch.where(seen, bias, -torch.inf).to(dtype)
 
 
+def rotary_frequencies(config, device):
+    """The angle from one position to the next, of each pair of a head's numbers. -> [d / 2] fp32
+
+    Su et al. 2021. Scaled "linear", positions are `factor` times closer. Scaled "llama3", so are
+    those of long wavelengths alone, with a smooth passage between (Llama 3.1's release).
+    """
+    d, scaling = config.head_size, config.rotary_scaling
+    frequencies = 1 / config.rotary_base ** (torch.arange(0, d, 2, device=device).float() / d)
+    if scaling is None:
+        return frequencies
+    slow = frequencies / scaling["factor"]
+    if scaling["rope_type"] == "linear":
+        return slow
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    fast = ((turns - low) / (high - low)).clamp(0, 1)  # 1: not scaled
+    return (1 - fast) * slow + fast * frequencies
+
+
 def rotary_angles(config, mask, queries, keys, device):
-    """Cosines and sines of the last `queries` of `keys` tokens, base 10000 (Su et al. 2021).
+    """Cosines and sines of the last `queries` of `keys` tokens (Su et al. 2021).
 
     mask [B, keys] or None -> two of [1 or B, 1, queries, d], fp32
     """
@@ -289,8 +418,7 @@ def rotary_angles(config, mask, queries, keys, device):
         if mask is None
         else (mask.cumsum(1) - 1).clamp(min=0)
     )
-    head_size = config.hidden_size // config.heads
-    frequencies = 1 / 10000 ** (torch.arange(0, head_size, 2, device=device).float() / head_size)
+    frequencies = rotary_frequencies(config, device)
     angles = positions[:, None, keys - queries :, None].float() * frequencies
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
@@ -363,30 +491,35 @@ def cast_once(model):
 
 
 class Attention(nn.Module):
-    """Multi-head attention, fused as published: one projection makes query, key and value."""
+    """Multi-head attention: one projection makes query, key and value. Query heads may share keys
+    and values (grouped-query attention, Ainslie et al. 2023)."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.query_key_value = Linear(config.hidden_size, 3 * config.hidden_size, bias=config.bias)
-        self.output = Linear(config.hidden_size, config.hidden_size, bias=config.bias)
+        D, d = config.hidden_size, config.head_size
+        rows = (config.heads + 2 * config.kv_heads) * d
+        self.query_key_value = Linear(D, rows, bias=config.query_key_value_bias)
+        self.output = Linear(config.heads * d, D, bias=config.output_bias)
 
     def forward(self, x, bias, angles, cache, layer):
         """[B, T, D] -> [B, T, D]. The softmax runs in fp32 inside scaled_dot_product_attention."""
-        B, T, D = x.shape
-        H = self.config.heads
+        B, T, _ = x.shape
+        H, H_kv, d = self.config.heads, self.config.kv_heads, self.config.head_size
         if self.config.query_key_value == "interleaved":
-            parts = self.query_key_value(x).view(B, T, H, 3, D // H).unbind(3)
+            parts = self.query_key_value(x).view(B, T, H, 3, d).unbind(3)
         else:
-            parts = self.query_key_value(x).view(B, T, 3, H, D // H).unbind(2)
-        query, key, value = (part.transpose(1, 2) for part in parts)  # [B, H, T, d] each
+            parts = self.query_key_value(x).view(B, T, -1, d).split([H, H_kv, H_kv], dim=2)
+        query, key, value = (part.transpose(1, 2) for part in parts)  # [B, H or H_kv, T, d] each
         if angles is not None:
             query, key = apply_rotary(query, *angles), apply_rotary(key, *angles)
         if cache is not None:
             key, value = cache.append(layer, key, value)
         causal = bias is None and T > 1
-        mixed = functional.scaled_dot_product_attention(query, key, value, bias, is_causal=causal)
-        return self.output(mixed.transpose(1, 2).reshape(B, T, D))
+        mixed = functional.scaled_dot_product_attention(
+            query, key, value, bias, is_causal=causal, enable_gqa=H != H_kv
+        )
+        return self.output(mixed.transpose(1, 2).reshape(B, T, H * d))
 
 
 # The weights of a neuron, and which dimension of each counts the neurons: neuron i is row i of gate
@@ -406,9 +539,9 @@ class FFN(nn.Module):
         super().__init__()
         self.config = config
         D, F = config.hidden_size, config.ffn_size
-        self.gate = Linear(D, F, bias=config.bias) if config.gated else None
-        self.up = Linear(D, F, bias=config.bias)
-        self.down = Linear(F, D, bias=config.bias)
+        self.gate = Linear(D, F, bias=config.ffn_bias) if config.gated else None
+        self.up = Linear(D, F, bias=config.ffn_bias)
+        self.down = Linear(F, D, bias=config.ffn_bias)
 
     def forward(self, x):
         """[B, T, D] -> [B, T, D]"""
@@ -518,6 +651,9 @@ class Decoder(nn.Module):
             mask = None if cache.mask is None else cache.mask[:, :keys]
         elif mask is not None and mask[:, 0].all():
             mask = None  # right padding: causal order already hides it from every real token
+        if self.config.window is not None and keys > self.config.window:
+            found = f"{keys} tokens, {self.config.family} attends to {self.config.window} at once"
+            raise InputError(f"{found} (sliding_window), which is not supported")
         x = self.embedding_norm(self.embedding(ids))  # [B, T, D]
         bias = attention_bias(self.config, mask, new, keys, ids.device, x.dtype)
         angles = None
@@ -535,7 +671,8 @@ class Decoder(nn.Module):
     def cache_bytes(self):
         """What the keys and values of one token take, of all layers."""
         config = self.config
-        return 2 * config.layers * config.hidden_size * self.embedding.weight.itemsize
+        size = config.kv_heads * config.head_size * self.embedding.weight.itemsize
+        return 2 * config.layers * size
 
     def head_weight(self, vocab_size=None):
         """The head's first `vocab_size` rows (None: all), and the norms to divide its logits by.
@@ -602,7 +739,7 @@ ROOM = 32  # tokens by which a cache grows
 
 
 class Cache:
-    """Keys and values so far, of each layer [2, rows, H, room for T, d]; mask [rows, T] or None.
+    """Keys and values so far, of each layer [2, rows, H_kv, room for T, d]; mask [rows, T] or None.
 
     Most translations end long before their limit: room for the new tokens is made as they come.
     """
@@ -613,9 +750,9 @@ class Cache:
     @classmethod
     def empty(cls, model, rows, tokens, mask=None):
         """New memory for that many tokens of that many rows."""
-        heads, weight = model.config.heads, model.embedding.weight
-        shape = 2, rows, heads, tokens, model.config.hidden_size // heads
-        return cls([weight.new_empty(shape) for _ in model.blocks], mask, rows)
+        shape = 2, rows, model.config.kv_heads, tokens, model.config.head_size
+        stores = [model.embedding.weight.new_empty(shape) for _ in model.blocks]
+        return cls(stores, mask, rows)
 
     def part(self, first, last, start, length):
         """A cache over the same memory: rows from first to last, tokens from `start` on."""
@@ -624,9 +761,9 @@ class Cache:
         return Cache(stores, mask, last - first, length)
 
     def append(self, layer, key, value):
-        """Store a layer's new keys and values, [rows, H, new, d] each.
+        """Store a layer's new keys and values, [rows, H_kv, new, d] each.
 
-        -> all of this layer so far, [2, rows, H, length + new, d]
+        -> all of this layer so far, [2, rows, H_kv, length + new, d]
         """
         end, store = self.length + key.shape[2], self.stores[layer][:, : self.rows]
         if end > store.shape[3]:
@@ -681,7 +818,7 @@ def read_prompts(model, head, ids, mask, max_new_tokens, beams):
         column = torch.arange(start + shared, device=ids.device)
         place = column - padding[rows, None]  # in the prefix; padding where negative
         for store, own in zip(cache.stores, prefix.stores):
-            known = store[:, rows, :, : start + shared].transpose(1, 2)  # [2, H, rows, T, d]
+            known = store[:, rows, :, : start + shared].transpose(1, 2)  # [2, H_kv, rows, T, d]
             # Padding is masked, but memory that was never written may be NaN, and 0 * NaN is NaN.
             known.zero_()
             known[:, :, place >= 0] = own[:, 0][:, :, place[place >= 0]]
@@ -876,7 +1013,7 @@ def find_tensors(folder, prefix):
 
 
 def load_model(folder, device="cpu", dtype=None):
-    """Read a published BLOOM or Baichuan checkpoint folder. -> Decoder
+    """Read a published checkpoint folder. -> Decoder
 
     dtype None keeps the checkpoint's. Files are memory-mapped and tensors go one by one to
     `device`; on the CPU, in the checkpoint's own dtype, they are not copied at all. InputError
@@ -893,12 +1030,11 @@ def load_model(folder, device="cpu", dtype=None):
     wanted, missing, misshapen = {}, [], []  # wanted: our parameter -> published names
     for parameter, value in model.named_parameters():
         wanted[parameter] = names = published_names(config.family, parameter)
-        shape = [len(value) // len(names), *value.shape[1:]]
-        for name in names:
+        for name, rows in zip(names, piece_rows(config, value, names)):
             if name not in found:
                 missing.append(name)
                 continue
-            stored = found[name]
+            stored, shape = found[name], [rows, *value.shape[1:]]
             if stored.shape != shape or stored.dtype not in ("F16", "BF16", "F32"):
                 expected = f"expected 16- or 32-bit float {shape}"
                 misshapen.append(f"{name} {stored.dtype} {stored.shape}, {expected}")
@@ -937,7 +1073,7 @@ def save_model(model, folder):
     tensors = {}
     for parameter, value in model.named_parameters():
         names = published_names(config.family, parameter)
-        for name, piece in zip(names, value.detach().chunk(len(names))):
+        for name, piece in zip(names, value.detach().split(piece_rows(config, value, names))):
             tensors[name] = piece.contiguous()
     published = {key: value for key, value in config.published.items() if key != "torch_dtype"}
     published["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")

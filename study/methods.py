@@ -389,18 +389,23 @@ def attention_channels(model, context, layers, learn):
 
     Attention is a sum over channels as an FFN is over neurons: channel i is row i of W_q, W_k and
     W_v and column i of W_o. q . k is the sum over a head's channels of q_i k_i, and what W_o
-    reads of channel i, the mixed v_i, is its activation.
+    reads of channel i, the mixed v_i, is its activation. Heads that share keys and values share
+    those rows.
     """
-    D, H, own = model.config.hidden_size, model.config.heads, {}
-    rows = torch.arange(3 * D)
-    if model.config.query_key_value == "interleaved":
-        rows = rows.view(H, 3, D // H).transpose(0, 1)
-    rows = rows.reshape(3, D)  # of the fused projection: query, key and value of each channel
+    config, own = model.config, {}
+    H, H_kv, d = config.heads, config.kv_heads, config.head_size
+    if config.query_key_value == "interleaved":
+        query, key, value = torch.arange(3 * H * d).view(H, 3, d).transpose(0, 1)
+    else:
+        query, key, value = torch.arange((H + 2 * H_kv) * d).view(-1, d).split([H, H_kv, H_kv])
+    shared = [part.repeat_interleave(H // H_kv, 0) for part in (key, value)]
+    # Of the fused projection: query, key and value of each channel.
+    rows = torch.stack([query, *shared]).reshape(3, H * d)
     for layer, chosen in zip(layers, learn):
         model.blocks[layer].attention.float()  # fp32 masters
-        place, index = f"blocks.{layer}.attention", rows[:, chosen].flatten()
+        place, index = f"blocks.{layer}.attention", rows[:, chosen].unique()
         own |= learn_part(model, f"{place}.query_key_value.weight", 0, index)
-        if model.config.bias:
+        if config.query_key_value_bias:
             own |= learn_part(model, f"{place}.query_key_value.bias", 0, index)
         columns = chosen.nonzero().flatten()
         own |= learn_part(model, f"{place}.output.weight", 1, columns)

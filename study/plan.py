@@ -182,7 +182,7 @@ def resident():
 
 def measure(case, config, args):
     """The same with values, on the CPU. -> growth of the resident set, operations"""
-    small = replace(config, hidden_size=64, ffn_size=256, heads=4, vocab_size=100)
+    small = replace(config, hidden_size=64, ffn_size=256, vocab_size=100)
     few = Namespace(**vars(args) | {"cache_gb": 0.001, "micro_tokens": SENTENCE})
     CASES[case](small, few, groups_of(small, few))()  # loads libraries and takes their buffers
     groups, before = groups_of(config, args), resident()
