@@ -117,6 +117,9 @@ class Config:
         if self.positions == "rotary" and self.head_size % 2:
             found = f"heads of {self.head_size} numbers"
             raise InputError(f"{where}: {found}, expected an even number for rotary positions")
+        if self.window is not None and (type(self.window) is not int or self.window < 1):
+            found = f"sliding_window is {self.window!r}"
+            raise InputError(f"{where}: {found}, expected a positive integer or null")
         if type(self.norm_eps) is not float or not 0 < self.norm_eps < 1:
             raise InputError(f"{where}: norm_eps is {self.norm_eps!r}, expected a small number")
 
@@ -219,9 +222,11 @@ def read_baichuan(published):
 
 def read_rotary(published):
     """Base and scaling of rotary positions, in either spelling. -> fields of Config"""
-    parameters = published.get("rope_parameters") or {}  # of files saved since transformers 5
-    scaling = dict(parameters or published.get("rope_scaling") or {})
-    base = scaling.pop("rope_theta", published.get("rope_theta", 10000.0))
+    # rope_parameters: of files saved since transformers 5.
+    scaling = published.get("rope_parameters") or published.get("rope_scaling") or {}
+    if not isinstance(scaling, dict):
+        raise InputError(f"rope_scaling is {scaling!r}, expected an object")
+    base = scaling.get("rope_theta", published.get("rope_theta", 10000.0))
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     needed = {"default": [], "linear": ["factor"], "llama3": list(LLAMA3_SCALING)}
     if kind not in needed:
@@ -231,8 +236,10 @@ def read_rotary(published):
             raise InputError(f"rope_scaling: {name} is {scaling[name]!r}, expected a number")
     if not isinstance(base, (int, float)) or base <= 1:
         raise InputError(f"rope_theta is {base!r}, expected a number above 1")
-    scaling["rope_type"] = kind
-    return dict(rotary_base=float(base), rotary_scaling=None if kind == "default" else scaling)
+    if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise InputError("rope_scaling: low_freq_factor is not below high_freq_factor")
+    scaling = None if kind == "default" else scaling | {"rope_type": kind}
+    return dict(rotary_base=float(base), rotary_scaling=scaling)
 
 
 LLAMA3_SCALING = (
@@ -241,7 +248,7 @@ LLAMA3_SCALING = (
 
 
 def read_llama(published):
-    """LLaMA's config.json: LLaMA 1 to 3, ALMA, Tower; what absent keys mean is transformers' choice."""
+    """LLaMA's config.json: LLaMA 1 to 3, ALMA, Tower. Absent keys mean what transformers says."""
     hidden_size, heads = published["hidden_size"], published["num_attention_heads"]
     bias = published.get("attention_bias", False)
     return dict(

@@ -35,7 +35,7 @@ import data
 import lander
 import model
 from data import InputError, list_pairs, load_tokenizer, make_batches, read_parallel, render
-from model import Config, Decoder, Family, load_model, save_model
+from model import Config, Decoder, load_model, save_model
 from study import compare, demo, fuzz, methods, picture, plan, probe
 
 SHARED = Path(__file__).resolve().parent.parent / "shared"
@@ -80,10 +80,31 @@ BAICHUAN = {
 }  # fmt: skip
 
 
+LLAMA_LIKE = {
+    "vocab_size": 90, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
+    "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 64,
+}  # fmt: skip
+LLAMA3_SCALING = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+# A scaled LLaMA 3 with heads of another size and all biases there can be, and a small Qwen2.5.
+TINY_LLAMA_LIKE = {
+    "llama": {
+        "num_key_value_heads": 2, "head_dim": 10, "rope_scaling": LLAMA3_SCALING,
+        "attention_bias": True, "mlp_bias": True,
+    },
+    "qwen2": {"num_key_value_heads": 4, "rope_theta": 1e6, "tie_word_embeddings": True},
+}  # fmt: skip
+
+
 def tiny_config(kind, vocabulary=90, layers=2):
     if kind == "bloom":
         sizes = dict(vocab_size=vocabulary, n_embed=32, n_layer=layers, n_head=4)
         return Config.from_json(dict(model_type="bloom", **sizes))
+    if kind in TINY_LLAMA_LIKE:
+        sizes = dict(model_type=kind, vocab_size=vocabulary, num_hidden_layers=layers)
+        return Config.from_json(LLAMA_LIKE | sizes | TINY_LLAMA_LIKE[kind])
     extra = {"max_position_embeddings": 64} if kind == "rotary" else {"model_max_length": 64}
     return Config.from_json(BAICHUAN | extra | {"vocab_size": vocabulary, "normalize_head": True})
 
@@ -93,7 +114,7 @@ def tiny_decoder(kind, seed=0, vocabulary=90, layers=2):
     return randomize(decoder, seed, std=0.5)  # wild enough for varied continuations
 
 
-KINDS = ("bloom", "rotary", "alibi")
+KINDS = ("bloom", "rotary", "alibi", "llama", "qwen2")
 
 
 def random_examples(count, vocabulary=90, seed=0, longest=9):
@@ -364,16 +385,10 @@ def random_groups(decoder, selected, seed=0):
     return lander.describe_groups(awareness, lander.categorize(awareness, 0.7), PAIRS, selected)
 
 
-def with_biases(decoder):
-    """The same gated decoder with biases, as some families have them."""
-    config = replace(decoder.config, bias=True)
-    return randomize(Decoder(config), seed=5, std=0.5)
-
-
-@pytest.mark.parametrize("kind", ["bloom", "rotary", "biased gate"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_parts_add_up_to_the_whole(kind):
     """What everything rests on: an FFN is a sum over its neurons. A gate's bias forgotten, a neuron lost."""
-    decoder = with_biases(tiny_decoder("rotary")) if kind == "biased gate" else tiny_decoder(kind)
+    decoder = tiny_decoder(kind)
     ffn = decoder.blocks[0].ffn
     F = ffn.up.out_features
     x = torch.randn(2, 3, ffn.up.in_features, generator=torch.Generator().manual_seed(1))
@@ -392,10 +407,10 @@ def test_parts_add_up_to_the_whole(kind):
     }
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "biased gate"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_routed_ffn_can_be_made_whole_again(kind):
     """Neurons put back in other places; general ones that were trained, lost."""
-    decoder = with_biases(tiny_decoder("rotary")) if kind == "biased gate" else tiny_decoder(kind)
+    decoder = tiny_decoder(kind)
     ffn = decoder.blocks[0].ffn
     specific = {"en-de": [5, 2], "fr-en": [7], "en-cs": []}
     routed = lander.RoutedFFN(ffn, specific, {"en-de": None, "en-cs": None})
@@ -421,13 +436,11 @@ def test_a_part_is_a_copy_in_its_own_type():
     assert part(torch.ones(1, 1, 32, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("kind", ["bloom", "biased gate"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_part_computes_in_16_bits_with_a_multiple_of_8(kind):
     """Rows that no fast kernel reads; zero neurons that add something, or that are saved with the part."""
     torch.manual_seed(0)
-    decoder = randomize(tiny_decoder("rotary" if kind == "biased gate" else kind))
-    if kind == "biased gate":
-        decoder = with_biases(decoder)
+    decoder = randomize(tiny_decoder(kind))
     part = decoder.blocks[0].ffn.part(list(range(13)), torch.float32)
     exact = decoder.blocks[0].ffn.part(list(range(13)), torch.float32)
     for linear in (exact.gate, exact.up, exact.down):
@@ -504,7 +517,7 @@ def test_routing_is_off_where_there_is_nothing_to_route_between():
     assert lander.general_share(scores, torch.tensor([True, False, True, False]), last) == 0.4
 
 
-@pytest.mark.parametrize("kind", ["bloom", "rotary"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_routing_follows_the_equation(kind):
     """The factor on the output, on the bias, or on the wrong group; w_p of another pair."""
     decoder = tiny_decoder(kind)
@@ -568,7 +581,7 @@ def learning_names(decoder, pair):
 
 
 @pytest.mark.parametrize("routing", [True, False])
-@pytest.mark.parametrize("kind", ["bloom", "rotary"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_only_the_batchs_neurons_move(kind, routing):
     """A gradient multiplied by zero still lets AdamW decay and move the row; another pair's neurons train along."""
     decoder = tunable(kind, routing=routing)
@@ -1689,13 +1702,13 @@ def test_equal_numbers_of_neurons():
     assert sizes == {round(0.3 * 4 * 128) * (2 * 32 + 1)}
 
 
-@pytest.mark.parametrize("kind", ["bloom", "rotary"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_channel_of_attention_is_its_rows_and_its_column(kind):
     """BLOOM's fused rows taken for Baichuan's: other channels would learn, and nothing would show it."""
     decoder = tiny_decoder(kind, layers=2)
-    D, H = decoder.config.hidden_size, decoder.config.heads
-    learn = torch.zeros(1, D, dtype=torch.bool)
-    learn[0, [3, D - 1]] = True
+    H, H_kv, d = (getattr(decoder.config, size) for size in ("heads", "kv_heads", "head_size"))
+    learn = torch.zeros(1, H * d, dtype=torch.bool)
+    learn[0, [3, H * d - 1]] = True
     before = {name: p.detach().clone() for name, p in decoder.named_parameters()}
     context = small_context(decoder)
     learners = methods.attention_channels(decoder, context, [1], learn)
@@ -1707,14 +1720,14 @@ def test_a_channel_of_attention_is_its_rows_and_its_column(kind):
         attention.query_key_value.weight != before["blocks.1.attention.query_key_value.weight"]
     )
     seen = changed[:, 0].nonzero().flatten().tolist()
-    d = D // H
     if kind == "bloom":
-        expected = [(i // d * 3 + part) * d + i % d for i in (3, D - 1) for part in range(3)]
-    else:
-        expected = [part * D + i for i in (3, D - 1) for part in range(3)]
+        expected = [(i // d * 3 + part) * d + i % d for i in (3, H * d - 1) for part in range(3)]
+    else:  # the last channel's key and value are the last of all
+        expected = [3, H * d + 3, (H + H_kv) * d + 3]
+        expected += [end * d - 1 for end in (H, H + H_kv, H + 2 * H_kv)]
     assert seen == sorted(expected) and changed[seen].all()
     columns = attention.output.weight != before["blocks.1.attention.output.weight"]
-    assert columns.any(0).nonzero().flatten().tolist() == [3, D - 1]
+    assert columns.any(0).nonzero().flatten().tolist() == [3, H * d - 1]
 
 
 def test_lora_equals_pefts():
@@ -2180,21 +2193,85 @@ def test_baichuan_variants_are_told_apart(vocabulary, extra, positions, head):
     assert (config.positions, config.head) == (positions, head)
 
 
-def test_another_family_is_a_reader_and_a_name_map(tmp_path, monkeypatch):
-    """LLaMA, with query, key and value apart, needs nothing but an entry in FAMILIES."""
-    names = {ours: published for ours, published in model.FAMILIES["baichuan"].names.items()}
-    names["blocks.{}.attention.query_key_value"] = tuple(
-        f"model.layers.{{}}.self_attn.{part}_proj" for part in "qkv"
-    )
-    monkeypatch.setitem(model.FAMILIES, "llama", Family(read=model.read_baichuan, names=names))
-    reference = llama_reference()
-    reference.save_pretrained(tmp_path)
+# What a reader or a loader gets wrong at first: kind, options of transformers' config, and how the
+# files are written.
+LLAMA_LIKE_CASES = {
+    "8 heads of keys and values": ("llama", {}, {}),
+    "4": ("llama", {"num_key_value_heads": 4}, {}),
+    "2, shards": ("llama", {"num_key_value_heads": 2}, {"max_shard_size": "60KB"}),
+    "1, the head tied": ("llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}, {}),
+    "biases": ("llama", {"attention_bias": True, "mlp_bias": True}, {}),
+    "heads of another size": ("llama", {"head_dim": 10, "num_key_value_heads": 2}, {}),
+    "another base": ("llama", {"rope_theta": 1e6}, {}),
+    "another base, old spelling": ("llama", {"rope_theta": 1e6}, {"old": True}),
+    "linear scaling": ("llama", {"scaling": {"rope_type": "linear", "factor": 4.0}}, {}),
+    "linear scaling, old spelling": ("llama", {"scaling": {"rope_type": "linear", "factor": 4.0}}, {"old": True}),
+    "llama3 scaling": ("llama", {"scaling": LLAMA3_SCALING, "rope_theta": 5e5}, {}),
+    "llama3 scaling, old spelling": ("llama", {"scaling": LLAMA3_SCALING, "rope_theta": 5e5}, {"old": True}),
+    "llama, absent keys": ("llama", {}, {"absent": True}),
+    "mistral": ("mistral", {"num_key_value_heads": 2, "sliding_window": None}, {}),
+    "mistral, absent keys": ("mistral", {"num_attention_heads": 16, "num_key_value_heads": 8, "hidden_size": 64}, {"absent": True}),
+    "qwen2": ("qwen2", {"num_key_value_heads": 2, "rope_theta": 1e6}, {}),
+    "qwen2, tied": ("qwen2", {"num_key_value_heads": 4, "tie_word_embeddings": True}, {}),
+    "qwen2, absent keys": ("qwen2", {"num_attention_heads": 32, "num_key_value_heads": 32, "hidden_size": 64}, {"absent": True}),
+}  # fmt: skip
+LLAMA_LIKE_CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
+# What transformers takes for a key that is not there, and the file may leave out.
+ABSENT = ("num_key_value_heads", "rms_norm_eps", "attention_bias", "mlp_bias", "head_dim", "rope_parameters")
+ABSENT += ("tie_word_embeddings", "sliding_window", "use_sliding_window", "max_position_embeddings")
+
+
+def llama_like_reference(kind, rope_theta=1e4, scaling={"rope_type": "default"}, **options):
+    transformers = pytest.importorskip("transformers")
+    name = LLAMA_LIKE_CLASSES[kind]
+    sizes = LLAMA_LIKE | {"rope_parameters": {"rope_theta": rope_theta} | scaling} | options
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    return randomize(getattr(transformers, f"{name}ForCausalLM")(config))
+
+
+def write_llama_like(folder, reference, old=False, absent=False, max_shard_size="1GB"):
+    """A folder as transformers writes it; with the rope keys of before transformers 5; bare."""
+    reference.save_pretrained(folder, max_shard_size=max_shard_size)
+    published = json.loads((folder / "config.json").read_text())
+    if old:
+        scaling = published.pop("rope_parameters")
+        published["rope_theta"] = scaling.pop("rope_theta")
+        published["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
+    if absent:
+        for key in ABSENT:
+            published.pop(key, None)
+    (folder / "config.json").write_text(json.dumps(published))
+
+
+@pytest.mark.parametrize("case", LLAMA_LIKE_CASES)
+def test_llama_like_logits_equal_transformers(tmp_path, case):
+    """Keys shared by the wrong queries, a default of another family, a scaling passed over: all load
+    cleanly and compute garbage. Positions go beyond llama3's original length of 16."""
+    kind, options, files = LLAMA_LIKE_CASES[case]
+    reference = llama_like_reference(kind, **options)
+    write_llama_like(tmp_path, reference, **files)
     ours = load_model(tmp_path)
+    for side in ("left", "right"):
+        ids, mask = padded_ids(90, side, lengths=(40, 7, 25))
+        assert_close(ours(ids, mask), reference(ids, attention_mask=mask.long()).logits, mask)
     ids, mask = padded_ids(90, "left")
-    assert_close(ours(ids, mask), reference(ids, attention_mask=mask.long()).logits, mask)
+    options = dict(max_new_tokens=20, do_sample=False, pad_token_id=0, eos_token_id=89)
+    theirs = reference.generate(ids, attention_mask=mask.long(), **options)[:, ids.shape[1] :]
+    for new, row in zip(ours.generate(ids, mask, 20, eos_id=89), theirs.tolist()):
+        assert new == row[: row.index(89) if 89 in row else None]
     save_model(ours, tmp_path / "copy")
     again = type(reference).from_pretrained(tmp_path / "copy", dtype=torch.float32)
     assert torch.equal(again(ids).logits, reference(ids).logits)
+
+
+def test_longer_input_than_the_window_is_refused():
+    """Attention to all tokens, where the published model sees the last few, is another function."""
+    config = {"model_type": "mistral", "sliding_window": 12}
+    decoder = randomize(Decoder(Config.from_json(LLAMA_LIKE | config)))
+    assert decoder(torch.full((1, 12), 5)).isfinite().all()
+    with pytest.raises(InputError) as error:
+        decoder(torch.full((1, 13), 5))
+    assert "13 tokens" in message(error) and "sliding_window" in message(error)
 
 
 def test_alibi_slopes_by_hand():
@@ -2203,7 +2280,7 @@ def test_alibi_slopes_by_hand():
     assert model.alibi_slopes(6).tolist() == [1 / 4, 1 / 16, 1 / 64, 1 / 256, 1 / 2, 1 / 8]
 
 
-@pytest.mark.parametrize("kind", ["bloom", "rotary"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_query_sees_a_key(kind):
     """A padding query with nothing to see has a softmax of NaN on some devices, which poisons the next layer."""
     _, mask = padded_ids(90, "left")
@@ -2460,14 +2537,14 @@ def test_a_saved_model_loads_as_the_same_bits(tmp_path, kind):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_transformers_loads_a_saved_bloom(tmp_path):
+@pytest.mark.parametrize("kind", ["bloom", *TINY_LLAMA_LIKE])
+def test_transformers_loads_a_saved_model(tmp_path, kind):
     """The published layout, not one of our own."""
     transformers = pytest.importorskip("transformers")
-    decoder = tiny_decoder("bloom")
+    decoder = tiny_decoder(kind)
     save_model(decoder, tmp_path)
-    reference = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, dtype=torch.float32
-    ).eval()
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    reference = load(tmp_path, dtype=torch.float32).eval()
     ids, mask = padded_ids(90, "left")
     assert_close(decoder(ids, mask), reference(ids, attention_mask=mask.long()).logits, mask)
 
@@ -2624,6 +2701,33 @@ def test_unknown_values_of_known_keys_are_refused(extra, culprit):
     """positions "Rotary" was accepted, and then there were no positions at all."""
     with pytest.raises(InputError) as error:
         Config.from_json(BAICHUAN | {"model_max_length": 64} | extra)
+    assert culprit in message(error)
+
+
+@pytest.mark.parametrize(
+    "extra, culprit",
+    [
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "'yarn'"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}, "'dynamic'"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "'longrope'"),
+        ({"rope_scaling": {"type": "linear"}}, "no factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor is 0"),
+        ({"rope_scaling": LLAMA3_SCALING | {"low_freq_factor": 4.0}}, "low_freq_factor"),
+        ({"rope_scaling": "linear"}, "'linear'"),
+        ({"rope_theta": "large"}, "rope_theta is 'large'"),
+        ({"num_key_value_heads": 3}, "8 heads do not divide into 3"),
+        ({"head_dim": 5}, "heads of 5 numbers"),
+        ({"hidden_act": "gelu"}, "'gelu'"),
+        ({"attention_bias": None}, "attention_bias"),
+        ({"model_type": "mistral", "sliding_window": "all"}, "sliding_window is 'all'"),
+        ({"quantization_config": {}}, "quantization_config"),
+        ({"model_type": "mixtral"}, "'mixtral'"),
+    ],
+)
+def test_what_a_llama_like_config_asks_for_is_done_or_refused_by_name(extra, culprit):
+    """Loaded all the same, it would compute another function."""
+    with pytest.raises(InputError) as error:
+        Config.from_json(LLAMA_LIKE | {"model_type": "llama"} | extra)
     assert culprit in message(error)
 
 
