@@ -2213,7 +2213,7 @@ LLAMA_LIKE_CASES = {
     "mistral, absent keys": ("mistral", {"num_attention_heads": 16, "num_key_value_heads": 8, "hidden_size": 64}, {"absent": True}),
     "qwen2": ("qwen2", {"num_key_value_heads": 2, "rope_theta": 1e6}, {}),
     "qwen2, tied": ("qwen2", {"num_key_value_heads": 4, "tie_word_embeddings": True}, {}),
-    "qwen2, absent keys": ("qwen2", {"num_attention_heads": 32, "num_key_value_heads": 32, "hidden_size": 64}, {"absent": True}),
+    "qwen2, absent keys": ("qwen2", {"num_attention_heads": 64, "num_key_value_heads": 32, "hidden_size": 128}, {"absent": True}),
 }  # fmt: skip
 LLAMA_LIKE_CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
 # What transformers takes for a key that is not there, and the file may leave out.

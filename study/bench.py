@@ -2,6 +2,7 @@
 
     python study/bench.py --weights bloom-560m/ --data wmt16/ --pair en-de    # a BLOOM folder with its tokenizer
     python study/bench.py --shape 1024,4,16,50000                             # random weights (D,L,H,V) and text
+    python study/bench.py --shape 1024,4,16,50000 --family llama              # the same of a LLaMA
     python study/bench.py --weights bloom-560m/ --device cuda --dtype bfloat16
 
 load       the checkpoint folder into a model on the device
@@ -49,7 +50,8 @@ from data import (
     read_parallel,
     render,
 )
-from model import Config, Decoder, load_model, save_model
+from model import load_model, save_model
+from study.shapes import FAMILIES, random_decoder, shape_config
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
@@ -323,6 +325,7 @@ def main():
     )
     parser.add_argument("--weights", type=Path, help="a BLOOM checkpoint folder")
     parser.add_argument("--shape", help="D,L,H,V of random weights, instead of --weights")
+    parser.add_argument("--family", default="bloom", choices=FAMILIES, help="of --shape (bloom)")
     parser.add_argument(
         "--data",
         type=Path,
@@ -349,21 +352,15 @@ def main():
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.weights or Path(temporary)
         if args.shape:
-            hidden, layers, heads, vocabulary = map(int, args.shape.split(","))
-            published = dict(
-                model_type="bloom",
-                n_embed=hidden,
-                n_layer=layers,
-                n_head=heads,
-                vocab_size=vocabulary,
-            )
-            save_model(Decoder(Config.from_json(published)).to(getattr(torch, args.dtype)), folder)
+            config = shape_config(args.shape, args.family)
+            save_model(random_decoder(config, getattr(torch, args.dtype)), folder)
         where = (
             torch.cuda.get_device_name()
             if args.device == "cuda"
             else f"{torch.get_num_threads()} CPU threads"
         )
-        print(f"{args.shape or folder}, {args.dtype}, {where}; torch {torch.__version__}, "
+        shown = f"{args.family} {args.shape}" if args.shape else folder
+        print(f"{shown}, {args.dtype}, {where}; torch {torch.__version__}, "
               f"transformers {transformers.__version__}, tokenizers {tokenizers.__version__}")  # fmt: skip
         print(f"{'':<10}{'ours, s':>9}{'theirs':>9}{'ratio':>8}   of neighbours")
         model, reference = load(folder, args)

@@ -33,7 +33,8 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lander
 from data import exit_status, make_batch, read_lines
-from model import PROMPTS_AT_ONCE, Cache, Config, Decoder, cast_once
+from model import PROMPTS_AT_ONCE, Cache, Config, cast_once
+from study.shapes import random_decoder, shape_config
 
 SENTENCE, TARGET = 64, 24  # tokens of an example, prompt and target; and those of the target
 
@@ -81,15 +82,6 @@ class Memory(TorchDispatchMode):
         self.seen[key] = weakref.ref(storage, release)
 
 
-def fresh(config, dtype):
-    """A model of random weights."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    model = Decoder(config).requires_grad_(False)
-    torch.set_default_dtype(before)
-    return model
-
-
 def selection(config, args):
     return [1 + (config.layers - 1) * i // args.layers for i in range(args.layers)]
 
@@ -103,12 +95,12 @@ def one_pass(args):
 
 
 def score(config, args, groups):
-    model = fresh(config, getattr(torch, args.dtype))
+    model = random_decoder(config, getattr(torch, args.dtype))
     return lambda: lander.neuron_awareness(model, [one_pass(args)], selection(config, args))
 
 
 def tuned(config, args, groups):
-    model = fresh(config, getattr(torch, args.dtype))
+    model = random_decoder(config, getattr(torch, args.dtype))
     lander.install_routing(model, groups)
     lander.route(model, PAIR)
     return model
@@ -124,10 +116,8 @@ def train(config, args, groups):
 
 def generate(config, args, groups):
     model = tuned(config, args, groups)
-    prompt, tokens = (
-        SENTENCE - TARGET,
-        4 * (SENTENCE - TARGET),
-    )  # the limit is three times the prompt
+    prompt = SENTENCE - TARGET
+    tokens = 4 * prompt  # the limit is three times the prompt
     rows = max(1, int(args.cache_gb * 1e9 / (model.cache_bytes() * tokens)))
     first = min(rows, PROMPTS_AT_ONCE)
 
@@ -247,9 +237,7 @@ def main():
         if not (args.config or args.shape):
             return table(args)
         if args.shape:
-            hidden, layers, heads, vocabulary = map(int, args.shape.split(","))
-            sizes = dict(n_embed=hidden, n_layer=layers, n_head=heads, vocab_size=vocabulary)
-            config = Config.from_json(dict(model_type="bloom", **sizes))
+            config = shape_config(args.shape)
         else:
             config = Config.from_folder(args.config)
         if args.case:

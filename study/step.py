@@ -24,7 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lander
 from data import make_batch
-from model import Config, Decoder
+from study.shapes import random_decoder, shape_config
 
 CASES = ("selected", "checkpointed", "all")
 SENTENCE, TARGET = 64, 24  # tokens of an example, prompt and target; and those of the target
@@ -38,16 +38,11 @@ def memory(device):
 
 def measure(case, args):
     """Print one row: seconds, tokens a second, memory, and the rate of the operations that are needed."""
-    hidden, layers, heads, vocabulary = map(int, args.shape.split(","))
+    hidden, layers, _, vocabulary = map(int, args.shape.split(","))
     before = memory(args.device)
-    published = dict(
-        model_type="bloom", n_embed=hidden, n_layer=layers, n_head=heads, vocab_size=vocabulary
-    )
     torch.manual_seed(0)
-    torch.set_default_dtype(getattr(torch, args.dtype))
     with torch.device(args.device):
-        model = Decoder(Config.from_json(published))
-    torch.set_default_dtype(torch.float32)
+        model = random_decoder(shape_config(args.shape), getattr(torch, args.dtype))
     weights = sum(p.nbytes for p in model.parameters())
 
     selected = [layers * (i + 1) // (args.layers + 1) for i in range(args.layers)]
