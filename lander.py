@@ -496,7 +496,8 @@ def count_steps(examples, settings):
 def training_steps(model, tokenizer, learners, examples, optimizer, settings, start=0):
     """Train from step `start` on. learners: pair -> {name: Parameter}; examples: pair -> sequence
 
-    An example that is None is left out; a step of none but such changes nothing. What learns from a pair is the caller's to say: some neurons, some matrices, everything.
+    An example that is None is left out; a step of none but such changes nothing. What learns from a
+    pair is the caller's to say: some neurons, some matrices, everything.
     Yields what log.jsonl says of a step, after each.
     """
     total = count_steps(examples, settings)

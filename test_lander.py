@@ -1656,6 +1656,8 @@ TRAINED_BY = {
     "channels-of-layers": r"blocks\.[12]\.attention\..*original",
     "attention-of-layers": r"blocks\.[12]\.attention\.",
     "both-of-layers": r"blocks\.[12]\.(attention\..*original|ffn\.(general|specific|router))",
+    "both-of-layers-random": r"blocks\.[12]\.(attention\..*original|ffn\.(general|specific|router))",
+    "blocks-of-layers": r"blocks\.[12]\.(attention|ffn)\.",
     "both": r"blocks\.(\d\.attention\..*original|[12]\.ffn\.(general|specific\.en-de|router\.en-de))",
 }
 

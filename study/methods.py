@@ -464,6 +464,22 @@ def both_of_layers(model, context):
     return {pair: attention[pair] | ffn[pair] for pair in context.tuned}
 
 
+def both_of_layers_random(model, context):
+    """About the same numbers of channels and neurons, by chance."""
+    by_chance = {
+        "awareness": torch.rand_like(context.awareness),
+        "channels": torch.rand_like(context.channels),
+    }
+    return both_of_layers(model, context._replace(**by_chance))
+
+
+def blocks_of_layers(model, context):
+    """Every weight of attention and FFN in the layers that representation analysis selects."""
+    (selected,) = select(context).values()
+    places = tuple(f"blocks.{layer}." for layer in selected)
+    return weights(model, context, lambda name: name.startswith(places))
+
+
 def attention_of_layers(model, context):
     """Every attention weight of the layers that representation analysis selects."""
     (selected,) = select(context).values()
@@ -501,6 +517,8 @@ VARIANTS = {
     "attention-of-layers": attention_of_layers,
     "channels-of-layers": channels_of_layers,
     "both-of-layers": both_of_layers,
+    "both-of-layers-random": both_of_layers_random,
+    "blocks-of-layers": blocks_of_layers,
     "both": both,
     "channels": channels,
     "channels-half": partial(channels, epsilon=0.5),
