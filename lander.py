@@ -628,7 +628,7 @@ class Settings:
     """
 
     pair: str = option("", "pair to tune, source first: en-de; several alternate: en-de,fr-cs")
-    weights: str = option("", "folder of a BLOOM or Baichuan checkpoint; none: run the demo")
+    weights: str = option("", "folder of a published checkpoint; none: run the demo")
     data: str = option("", "folder of parallel text: train.*, valid.* (if there), test.*")
     out: str = option("", "run folder; none: runs/PAIRS")
     layers: int = option(4, "how many layers each pair selects")

@@ -442,7 +442,7 @@ def apply_rotary(x, cosines, sines):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight: in fp32, cast back before the weight multiplies (Baichuan). [.., D]"""
+    """x / rms(x) * weight: in fp32, cast back before the weight multiplies (LLaMA). [.., D]"""
 
     def __init__(self, size, eps):
         super().__init__()
@@ -536,7 +536,7 @@ NEURON_DIMENSION |= {"down.weight": 1}
 
 
 class FFN(nn.Module):
-    """Feed-forward layer: tanh-GELU (BLOOM) or gated SiLU (Baichuan). It is a sum over its neurons.
+    """Feed-forward layer: tanh-GELU (BLOOM) or gated SiLU (all others). It is a sum over its neurons.
 
     h_i = gelu(up[i] . x + up.bias[i])  or  silu(gate[i] . x) * (up[i] . x)        a neuron
     y   = sum over i of h_i * down[:, i],  + down.bias
