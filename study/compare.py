@@ -39,8 +39,7 @@ import lander
 from data import InputError, exit_status, locked, make_batches, read_json, read_lines, read_tensors
 from data import render, split_pair, write_json, write_tensors
 from model import load_model
-from study.methods import L2_DECAY, METHODS, PARTS, RIVALS, VARIANTS, Context, draw_to_start
-from study.methods import interpolate
+from study.methods import GROUPS, L2_DECAY, METHODS, Context, draw_to_start, interpolate
 
 
 # --------------------------------------------------------------------------------------------------
@@ -408,24 +407,28 @@ def save(figure, path):
 
 
 FARTHEST = -12  # what forgets more is off the picture
+IN_EVERY_ROW = {"lander": "black", "lora-all": "dimgray", "attention": "darkgray"}
+MARKERS = "osD^vPX<>*dph"
 
 
 def draw_front(lines, path):
     """What was gained against what was forgotten: a line a method from the start over its rates, a
-    dot a seed. LANDeRMT is in every row."""
+    dot a seed."""
     plt = pyplot()
     cells = by_method(lines)
-    rows = {"the method and its parts": PARTS, "rivals": RIVALS, "variants": VARIANTS}
-    rows["cheap rivals of any method"] = [name for name in cells if re.search("[@+]", name)]
+    cheap = [name for name in cells if re.search("[@+]", name)]
+    rows = GROUPS | {"cheap rivals of any method": cheap}
+    rows = {title: group for title, group in rows.items() if cells.keys() & group}
     size = 11, 3.4 * len(rows)
-    figure, panels = plt.subplots(len(rows), 2, figsize=size, sharex=True, sharey=True)
+    figure, panels = plt.subplots(
+        len(rows), 2, figsize=size, sharex=True, sharey=True, squeeze=False
+    )
     for row, (title, group) in zip(panels, rows.items()):
-        names = ["lander"] + [name for name in group if name != "lander"]
-        for number, name in enumerate(name for name in names if name in cells):
-            style = {
-                "color": "black" if number == 0 else plt.cm.tab20(2 * number % 20 + number // 10)
-            }
-            style["marker"] = "osD^vPX<>*dph"[number]
+        names = [name for name in IN_EVERY_ROW if name in cells]
+        names += [name for name in group if name in cells and name not in IN_EVERY_ROW]
+        for number, name in enumerate(names):
+            color = IN_EVERY_ROW.get(name) or plt.cm.tab10(number % 10)
+            style = {"color": color, "marker": MARKERS[number % len(MARKERS)]}
             for axes, kind in zip(row, ("same target", "other target")):
                 means = [(0.0, 0.0)]
                 for own in cells[name].values():
@@ -433,16 +436,13 @@ def draw_front(lines, path):
                     axes.plot(*zip(*points), linestyle="", alpha=0.35, markersize=4, **style)
                     means.append([mean(values) for values in zip(*points)])
                 axes.plot(*zip(*means), label=name, linewidth=1, **style)
-                axes.set_title(
-                    f"{title}; other pairs into the {kind}".replace("the other", "another")
-                )
-                axes.grid(alpha=0.3)
+        for axes, target in zip(row, ("the same target", "another target")):
+            axes.set_xlabel(f"change of BLEU, other pairs into {target}")
+            axes.set_xlim(left=max(axes.get_xlim()[0], FARTHEST))
+            axes.grid(alpha=0.3)
+        row[0].set_title(title, loc="left")
         row[0].set_ylabel("change of BLEU, tuned pairs")
-        if row[1].lines:
-            row[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    for axes in panels[-1]:
-        axes.set_xlabel("mean change of BLEU, other pairs")
-        axes.set_xlim(left=max(axes.get_xlim()[0], FARTHEST))
+        row[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     save(figure, path)
 

@@ -509,25 +509,33 @@ RIVALS = {
     "adapters": adapters,
     "adapter-lora": adapter_lora,
 }
-VARIANTS = {
+OTHER_OWNERS = {
     "owners-by-language": partial(owners_by_language, sides=(0, 1)),
     "owners-by-target": partial(owners_by_language, sides=(1,)),
     "shared-owners": shared_owners,
     "low-rank": low_rank,
-    "attention-of-layers": attention_of_layers,
-    "channels-of-layers": channels_of_layers,
-    "both-of-layers": both_of_layers,
-    "both-of-layers-random": both_of_layers_random,
-    "blocks-of-layers": blocks_of_layers,
-    "both": both,
+}
+IN_ATTENTION = {
     "channels": channels,
     "channels-half": partial(channels, epsilon=0.5),
     "channels-half-target": partial(channels_by_target, epsilon=0.5),
     "channels-half-random": partial(channels_random, epsilon=0.5),
+    "channels-of-layers": channels_of_layers,
+    "attention-of-layers": attention_of_layers,
+    "both": both,
+    "both-of-layers": both_of_layers,
+    "both-of-layers-random": both_of_layers_random,
+    "blocks-of-layers": blocks_of_layers,
 }
 SWEEPS = {f"k={k}": partial(landermt, k=k) for k in (1, 2, 3, 4, 5, 7)}
 SWEEPS |= {f"epsilon={e}": partial(landermt, epsilon=e) for e in (0.5, 0.75, 0.8, 0.85, 0.95, 1.0)}
-METHODS = PARTS | RIVALS | VARIANTS | SWEEPS
+GROUPS = {  # rows of the picture
+    "the method and its parts": PARTS,
+    "rivals": RIVALS,
+    "variants: other owners, low rank": OTHER_OWNERS,
+    "variants: attention, too": IN_ATTENTION,
+}
+METHODS = PARTS | RIVALS | OTHER_OWNERS | IN_ATTENTION | SWEEPS
 
 
 # --------------------------------------------------------------------------------------------------
