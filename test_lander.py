@@ -113,6 +113,7 @@ class Letters:
     """A tokenizer of one id a character."""
 
     eos_id, pad_id = 2, 3
+    prompt_prefix, target_prefix = [], " "
     encode = staticmethod(lambda text: [ord(c) for c in text])
 
 
@@ -736,8 +737,8 @@ def word_tokenizer(lines):
     characters = data.byte_characters()
     special = ["<unk>", "<s>", "</s>", "<pad>"]
     vocabulary = {token: id for id, token in enumerate([*special, *characters.values()])}
-    merges = []
-    for piece in dict.fromkeys(piece for line in lines for piece in data.PIECE.split(line)):
+    merges, split = [], data.piece_pattern(data.BLOOM_SPLIT).split
+    for piece in dict.fromkeys(piece for line in lines for piece in split(line)):
         word = "".join(characters[byte] for byte in piece.encode())
         for end in range(2, len(word) + 1):  # one character after the other
             if word[:end] not in vocabulary:
@@ -1213,6 +1214,7 @@ class Bytes:
     """A tokenizer of one id a byte."""
 
     eos_id, pad_id, vocab_size = 0, 1, 128
+    prompt_prefix, target_prefix = [], " "
     encode = staticmethod(lambda text: list(text.encode("ascii", "replace")))
     decode = staticmethod(lambda ids: bytes(ids).decode("latin-1"))
 
@@ -2830,7 +2832,7 @@ def test_merges_load_in_both_file_forms(bloom_tokenizer, tmp_path):
 )
 def test_pre_tokenizer_by_hand(text, pieces):
     """Oniguruma's nested class is a union; Python's re reads it otherwise."""
-    assert [piece for piece in data.PIECE.split(text) if piece] == pieces.split("·")
+    assert [*filter(None, data.piece_pattern(data.BLOOM_SPLIT).split(text))] == pieces.split("·")
 
 
 @pytest.mark.parametrize(
