@@ -344,12 +344,13 @@ BLOOM_SPLIT = " ?[^(\\s|[.,!?…。，、।۔،])]+"
 BLOOM_PIECE = f" ?[^{WHITE_SPACE}(|).,!?…。，、।۔،]+"
 
 # A part of a regex that means the same to Python as to Oniguruma, \p, \P, \s and \S apart: a class,
-# with no other inside; a set outside of a class; an escape; a group; a count; a character.
+# with no other inside; a set outside of a class; an escape; a group; a count; a character. In any
+# case, (?i:, f, i, ss and st are more to one of the two: "ss" is "ß", "i" is the dotless one.
 REGEX_PART = re.compile(
-    r"\[\^?(?:\\p\{\w+\}|\\[srnt]|\\[^\w\s]|&(?!&)|[^]\\[&])+\]"
+    r"\[\^?(?:\\p\{\w+\}|\\[srnt]|\\[^\w\s]|&(?!&)|-(?!\\)|[^]\\[&-])+\]"
     r"|(?P<set>\\[pP]\{\w+\}|\\[sS])"
     r"|\\[rnt]|\\[^\w\s]"
-    r"|\(\?(?:i?:|[=!])|\((?!\?)"
+    r"|\(\?[:=!]|\(\?i:(?=[a-eghj-z'|[\]]+\))(?![^)]*s[st])|\((?!\?)"
     r"|\{\d+(?:,\d*)?\}(?![?+])"
     r"|[^]\\[({^$]"
 )
@@ -375,7 +376,10 @@ def piece_pattern(regex):
         elif text == "(":
             text = "(?:"  # another group would add to what .split gives
         translated += ESCAPE.sub(spell_out, text)
-    return re.compile(f"({translated})")
+    pattern = re.compile(f"({translated})")
+    if pattern.fullmatch(""):
+        raise ValueError("it matches where there is nothing, too")  # others go on there otherwise
+    return pattern
 
 
 def spell_out(escape):
@@ -387,7 +391,7 @@ def spell_out(escape):
 
 @lru_cache
 def characters_of(category):
-    """A general category of Unicode, "L" or "Lu", as ranges in a class of a regex. ValueError for none.
+    """A general category of Unicode, "L" or "Lu", as ranges in a class. ValueError for no category.
 
     "Zl" -> "\\U00002028-\\U00002028"
     """
@@ -427,7 +431,7 @@ LARGEST_ID = 2**24
 class ByteLevelTokenizer:
     """Byte-level BPE from a tokenizer.json, in plain Python: the ids of the `tokenizers` library.
 
-    BLOOM's, Qwen2's and Llama-3's. InputError names what is there where a file's pipeline is another.
+    BLOOM's, Qwen2's and Llama-3's. InputError names what another pipeline has that these have not.
     """
 
     target_prefix = " "
@@ -442,7 +446,8 @@ class ByteLevelTokenizer:
         self.normalize = str
         if published.get("normalizer"):
             self.normalize = partial(unicodedata.normalize, "NFC")
-        self.ignore_merges = published["model"].get("ignore_merges")
+        self.ignore_merges = published["model"].get("ignore_merges")  # for a piece that is a token
+        check_shape(self.ignore_merges, (None, bool), f"{path}: model: ignore_merges")
         self.vocabulary = published["model"]["vocab"]  # token, in byte characters -> id
         added = [token for token in published["added_tokens"] if token["content"]]
         self.added = {token["content"]: token["id"] for token in added}
@@ -452,6 +457,8 @@ class ByteLevelTokenizer:
         if not 0 <= smallest <= largest < LARGEST_ID:
             found = f"ids from {smallest} to {largest}"
             raise InputError(f"{path}: {found}, expected 0 to {LARGEST_ID - 1}")
+        if not {*self.in_front} <= self.tokens.keys():
+            raise InputError(f"{path}: post_processor adds {self.in_front}, which is no token")
         self.vocab_size = largest + 1
         bos, eos, pad = (self.added.get(token, -1) for token in ("<s>", "</s>", "<pad>"))  # BLOOM's
         self.own_ids = {"bos": self.in_front[0] if self.in_front else bos, "eos": eos, "pad": pad}
@@ -539,8 +546,8 @@ def check_pipeline(path, published):
     """
     model, normalizer = published["model"], published.get("normalizer")
     pre_tokenizer = steps_of(published["pre_tokenizer"], "pretokenizers")
-    split = pre_tokenizer[0] if pre_tokenizer else {}
-    regex = split["pattern"].get("Regex") if isinstance(split.get("pattern"), dict) else None
+    pattern = pre_tokenizer[0].get("pattern") if pre_tokenizer else None
+    regex = pattern.get("Regex") if isinstance(pattern, dict) else None
     regex = regex if isinstance(regex, str) else "..."
     split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
@@ -573,7 +580,7 @@ def check_pipeline(path, published):
 
 
 def ids_in_front(templates, where):
-    """The one id that post-processors put in front of a text. InputError where they do other things."""
+    """What post-processors put in front of a text, [id]. InputError where they do anything else."""
     text = {"Sequence": {"id": "A", "type_id": 0}}
     found = [step.get("type") for step in templates]
     if found == ["TemplateProcessing"]:
@@ -602,9 +609,9 @@ def steps_of(part, key):
 
 
 class SentencePieceTokenizer:
-    """A tokenizer.model: Baichuan's, LLaMA's, Mistral's. The file says how white space is treated."""
+    """A tokenizer.model: Baichuan's, LLaMA's, Mistral's. The file's own flags treat white space."""
 
-    in_front = None  # the file does not say
+    in_front = []  # nothing that the file says
 
     def __init__(self, path):
         try:
@@ -615,7 +622,7 @@ class SentencePieceTokenizer:
             raise InputError(f"{path}: not a sentencepiece model ({error})") from None
         self.vocab_size = len(pieces)
         self.ids = {piece: id for id, piece in enumerate(pieces)}
-        # LLaMA's puts a space in front of every text, a "dummy prefix"; a second one would be a token.
+        # LLaMA's puts a space before any text, a "dummy prefix": a second one would be a token.
         self.target_prefix = "" if begin.startswith("▁") else " "
         model = self.model
         pad = model.pad_id() if model.pad_id() >= 0 else model.unk_id()  # LLaMA pads with <unk>
@@ -650,8 +657,8 @@ def load_tokenizer(folder):
     """The tokenizer of a published checkpoint folder.
 
     -> .encode(str) -> list[int], .decode(list[int]) -> str, .bos_id, .eos_id, .pad_id, .vocab_size;
-    .prompt_prefix, [bos_id] where the folder's files ask for it in front of a text (encode adds none),
-    and .target_prefix, what goes between prompt and target, where the tokenizer does not add it
+    .prompt_prefix: [bos_id] where the folder's files ask for it, else []; encode adds none.
+    .target_prefix: the space between prompt and target, "" where encode adds it.
     """
     path, *others = tokenizer_files(folder)
     tokenizer = TOKENIZERS[path.name](path)
@@ -663,19 +670,19 @@ def load_tokenizer(folder):
         raise InputError(f"{path}: no end-of-sentence token, nor in {', '.join(SPECIAL_TOKENS)}")
     if tokenizer.pad_id < 0:
         tokenizer.pad_id = tokenizer.eos_id  # padding is masked: any id does
-    if tokenizer.in_front not in (None, [], [tokenizer.bos_id]):
+    if tokenizer.in_front not in ([], [tokenizer.bos_id]):
         found = f"{path}: post_processor puts {tokenizer.in_front} in front of a text"
         raise InputError(f"{found}, expected beginning-of-sentence, {tokenizer.bos_id}")
     settings = path.with_name("tokenizer_config.json")
     config = files.get(settings, {})
     adds_bos = config.get("add_bos_token")
     check_shape(adds_bos, (None, bool), f"{settings}: add_bos_token")
-    if adds_bos is None and tokenizer.in_front is None:
+    if adds_bos is None and path.name == "tokenizer.model":
         adds_bos = config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast")
     elif adds_bos is None:
         adds_bos = bool(tokenizer.in_front)
     if adds_bos and tokenizer.bos_id < 0:
-        raise InputError(f"{path}: no beginning-of-sentence token, which {settings} asks for")
+        raise InputError(f"{path}: no beginning-of-sentence token, which {settings.name} asks for")
     tokenizer.prompt_prefix = [tokenizer.bos_id] if adds_bos else []
     return tokenizer
 

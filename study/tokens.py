@@ -23,16 +23,17 @@ from tokenizers import processors, trainers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import exit_status, list_pairs, load_tokenizer, prompt_text, read_lines, read_parallel
-from data import render
+from data import render, write_json
 
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|NUMBER| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# A number in the split regex, a normalizer, whether a whole token needs no merge, added tokens.
+# A number in the split regex, whether NFC comes first, whether a whole token needs no merge, the
+# token that a template puts in front; end-of-sentence and other added tokens.
 PIPELINES = {
-    "Qwen2": (r"\p{N}", "NFC", False, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]),
-    "Llama-3": (r"\p{N}{1,3}", None, True, ["<|begin_of_text|>", "<|end_of_text|>"]),
+    "Qwen2": (r"\p{N}", True, False, None, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]),
+    "Llama-3": (r"\p{N}{1,3}", False, True, "<|begin_of_text|>", ["<|end_of_text|>"]),
 }
 
 
@@ -42,25 +43,25 @@ PIPELINES = {
 
 def train(name, lines, folder, vocab_size):
     """Train a tokenizer.json of a published pipeline, in a folder that is there."""
-    number, normalizer, ignore_merges, added = PIPELINES[name]
+    number, composes, ignore_merges, bos, added = PIPELINES[name]
     tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
-    if normalizer:
+    if composes:
         tokenizer.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(SPLIT.replace("NUMBER", number)), behavior="isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=added, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(lines, trainer)
+    special = [bos, *added] if bos else added
+    words = dict(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(lines, trainers.BpeTrainer(**words, show_progress=False))
     steps = [processors.ByteLevel(trim_offsets=False)]
-    if name == "Llama-3":
-        template = f"{added[0]} $A", f"{added[0]} $A {added[0]} $B"
-        steps.append(processors.TemplateProcessing(*template, special_tokens=[(added[0], 0)]))
+    if bos:
+        template = f"{bos} $A", f"{bos} $A {bos} $B"
+        steps.append(processors.TemplateProcessing(*template, special_tokens=[(bos, 0)]))
     tokenizer.post_processor = processors.Sequence(steps)
     tokenizer.save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", {"bos_token": bos, "eos_token": added[0]})
 
 
 def every_character():
@@ -82,8 +83,11 @@ def missing_in_normalizer():
     theirs = normalizers.NFC().normalize_str
     missing = []
     for c in every_character():
+        if not unicodedata.combining(c) and not unicodedata.decomposition(c):
+            continue  # NFC leaves it where it is
         parts = unicodedata.normalize("NFD", c)
-        for text in (f"a{c}\u0323", f"a\u0301{c}", parts):  # marks below come before those above
+        # Marks below a letter come before those above; none of these two composes with a q.
+        for text in (f"q{c}\u0323", f"q\u0301{c}", parts):
             if theirs(text) != unicodedata.normalize("NFC", text):
                 missing.append(c)
                 break
@@ -186,9 +190,6 @@ def compare(args):
             folders[name] = Path(temporary) / name
             folders[name].mkdir()
             train(name, lines[::8], folders[name], vocab_size=16000)
-            (folders[name] / "tokenizer_config.json").write_text(
-                f'{{"eos_token": "{PIPELINES[name][3][-1]}"}}'
-            )
         for name, folder in folders.items():
             ours = load_tokenizer(folder)
             theirs = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -200,7 +201,7 @@ def compare(args):
         folder = Path(temporary)
         (package,) = find_spec("mistral_common").submodule_search_locations
         shutil.copy(Path(package) / "data" / "tokenizer.model.v1", folder / "tokenizer.model")
-        (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+        write_json(folder / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer"})
         path = str(folder / "tokenizer.model")
         theirs = sentencepiece.SentencePieceProcessor(model_file=path)
         strings = [*random_texts(args.strings, 0, ["<s>", "</s>", "▁", "<0x0A>"])]
