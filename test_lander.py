@@ -2801,6 +2801,13 @@ def of_byte_level(**changes):
     return lambda published: published["pre_tokenizer"]["pretokenizers"][1].update(changes)
 
 
+def normalized_token(published):
+    """An edit: an added token that is matched in what the others leave."""
+    vocabulary = published["model"]["vocab"]
+    vocabulary["x<"] = vocabulary.pop("<s>")
+    published["added_tokens"][1].update(content="x<", normalized=True)
+
+
 def template(*names, ids=(1,)):
     """An edit: what is put around the text A."""
     single = [{"Sequence" if name == "A" else "SpecialToken": {"id": name, "type_id": 0}} for name in names]
@@ -2867,8 +2874,9 @@ def test_byte_level_ids_and_text_equal_tokenizers(byte_level_tokenizers, name):
 @pytest.mark.parametrize(
     "edit",
     [
-        lambda p: p["added_tokens"][1].update(normalized=True),
+        normalized_token,
         lambda p: p["added_tokens"].clear(),
+        lambda p: p["model"]["vocab"].update({"Ġleading": 500}),
         lambda p: p.update(normalizer={"type": "NFC"}),
         lambda p: p.update(post_processor=None),
         lambda p: p["model"].update(ignore_merges=True, merges=[]),
@@ -2878,13 +2886,13 @@ def test_byte_level_ids_and_text_equal_tokenizers(byte_level_tokenizers, name):
     ],
 )
 def test_other_pipelines_of_the_kind_equal_tokenizers(bloom_tokenizer, tmp_path, edit):
-    """Added tokens that leave each other too little; no added tokens, which split at every character."""
+    """A token that takes the beginning of another; none, so that all characters are apart; merges ignored."""
     from tokenizers import Tokenizer
 
     folder = edited_tokenizer(bloom_tokenizer, tmp_path, edit)
     (folder / "tokenizer_config.json").write_text('{"eos_token": "!"}')
     theirs, ours = Tokenizer.from_file(str(folder / "tokenizer.json")), load_tokenizer(folder)
-    for text in [*TEXTS, "a<s<s></s>", "<<s>/s>", *random_texts(300)]:
+    for text in [*TEXTS, "x<unk>", "x<y", *random_texts(300)]:
         assert ours.encode(text) == theirs.encode(text).ids, ascii(text)
 
 

@@ -12,6 +12,7 @@ import random
 import shutil
 import sys
 import tempfile
+import textwrap
 import unicodedata
 from importlib.util import find_spec
 from itertools import groupby
@@ -147,13 +148,19 @@ def unjoined(ours, pairs):
     return wrong
 
 
+COLUMNS = ["lines", "other ids", "other text", "strings", "other ids", "other text"]
+COLUMNS += ["pairs", "not as joined"]
+
+
+def row(cells):
+    first, *others = cells
+    return f"{first:<9}" + "".join(f"{cell:>{len(c) + 2}}" for cell, c in zip(others, COLUMNS))
+
+
 def report(name, ours, encode, decode, lines, strings, pairs):
-    counts = []
-    for what, texts in (("lines", lines), ("random strings", strings)):
-        ids, text = differences(texts, ours, encode, decode)
-        counts.append(f"{len(texts)} {what}: {ids} with other ids, {text} decoded otherwise")
-    counts.append(f"{len(pairs)} pairs: {unjoined(ours, pairs)} not as joined")
-    print(f"{name:<9}{'; '.join(counts)}", flush=True)
+    counts = [len(lines), *differences(lines, ours, encode, decode)]
+    counts += [len(strings), *differences(strings, ours, encode, decode)]
+    print(row([name, *counts, len(pairs), unjoined(ours, pairs)]), flush=True)
 
 
 def ranges(characters):
@@ -175,15 +182,17 @@ def compare(args):
             pairs += [(pair, *row) for row in read_parallel(data / folder, "test", pair)]
     pairs = random.Random(0).sample(pairs, min(args.pairs, len(pairs)))
 
-    print(f"Python has Unicode {unicodedata.unidata_version}; where `tokenizers` has another:")
+    print(f"Python has Unicode {unicodedata.unidata_version}, `tokenizers` others:")
     for what, characters in {
         "letters that Python lacks": missing_in_python("L"),
         "numbers that Python lacks": missing_in_python("N"),
-        "that NFC of `tokenizers` lacks": missing_in_normalizer(),
+        "characters that NFC of `tokenizers` lacks": missing_in_normalizer(),
     }.items():
-        shown = sum(text.count(c) for text in lines for c in set(characters) & set(text))
-        print(f"{len(characters)} {what}, {shown} in the lines: {ranges(characters)}")
+        found = sum(not set(characters).isdisjoint(line) for line in lines)
+        what = f"{len(characters)} {what}, in {found} of the lines: {ranges(characters)}"
+        print(textwrap.fill(what, 110, subsequent_indent="  ", break_on_hyphens=False))
 
+    print("\n" + row(["", *COLUMNS]))
     with tempfile.TemporaryDirectory() as temporary:
         folders = {"BLOOM": Path(args.tokenizers) / "bloom-style-16k"}
         for name in PIPELINES:
