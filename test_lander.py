@@ -2876,7 +2876,7 @@ def test_byte_level_ids_and_text_equal_tokenizers(byte_level_tokenizers, name):
     [
         normalized_token,
         lambda p: p["added_tokens"].clear(),
-        lambda p: p["model"]["vocab"].update({"Ġleading": 500}),
+        lambda p: p["model"].update(merges=[]),
         lambda p: p.update(normalizer={"type": "NFC"}),
         lambda p: p.update(post_processor=None),
         lambda p: p["model"].update(ignore_merges=True, merges=[]),
@@ -2932,7 +2932,7 @@ def test_pre_tokenizer_by_hand(text, pieces):
         (split_by(r"a|\p{Han}+"), "Han"),
         (split_by(r"[\p{L}\P{N}]"), r"[\p{L}\P{N}]"),
         (split_by("[a[b]]"), "[a[b]]"),
-        (split_by("[a-z&&[b]]"), "&&"),
+        (split_by("[a-z&&b]"), "[a-z&&b]"),
         (split_by("^a"), "^a"),
         (split_by("a{2}?"), "{2}?"),
         (split_by("(?i:'st)"), "(?i:'st)"),
