@@ -3016,9 +3016,6 @@ def tokenizer_folders(bloom_tokenizer, byte_level_tokenizers, baichuan_tokenizer
     return own | byte_level_tokenizers
 
 
-FAMILIES = ["bloom", "baichuan", "llama", "Qwen2", "Llama-3"]
-
-
 def with_files(folder, target, **files):
     """A tokenizer's folder with other files beside it, by name without .json; none for None."""
     shutil.copytree(folder, target, dirs_exist_ok=True)
@@ -3030,7 +3027,7 @@ def with_files(folder, target, **files):
     return target
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["bloom", "baichuan", "llama", "Qwen2", "Llama-3"])
 def test_prompt_and_target_are_what_the_joined_text_gives(tokenizer_folders, family):
     """Two spaces where a sentencepiece model puts one itself; none where it does not."""
     ours = load_tokenizer(tokenizer_folders[family])
@@ -3391,6 +3388,7 @@ def test_worked_examples():
     assert model.published_names("bloom", "blocks.3.ffn.up.bias") == ["h.3.mlp.dense_h_to_4h.bias"]
     assert lander.union({"en-de": [1, 7], "fr-cs": [1, 2]}) == [1, 2, 7]
     assert model.survivors(torch.tensor([True, False, True, True])).tolist() == [0, 3, 2]
+    assert data.characters_of("Zl") == "\\U00002028-\\U00002028"
     assert [data.byte_characters()[byte] for byte in (65, 32, 10)] == ["A", "Ġ", "Ċ"]
     assert data.split_pair("en-de") == ("en", "de")
     (ids,), _, (targets,) = data.make_batch([([5, 6], [7, 2])], pad_id=3)
