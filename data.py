@@ -20,11 +20,12 @@ import struct
 import random
 import re
 import sys
+import unicodedata
 from collections.abc import Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from heapq import heapify, heappop, heappush
-from itertools import permutations
+from itertools import chain, groupby, permutations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -338,9 +339,71 @@ def locked(folder):
 WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 
 # BLOOM's pre-tokenizer, as tokenizer.json spells it for Oniguruma, where the inner brackets are a
-# union, and as Python needs it. What lies between two matches is a piece as well.
+# union, and as Python needs it.
 BLOOM_SPLIT = " ?[^(\\s|[.,!?…。，、।۔،])]+"
-PIECE = re.compile(f"( ?[^{WHITE_SPACE}(|).,!?…。，、।۔،]+)")
+BLOOM_PIECE = f" ?[^{WHITE_SPACE}(|).,!?…。，、।۔،]+"
+
+# A part of a regex that means the same to Python as to Oniguruma, \p, \P, \s and \S apart: a class,
+# with no other inside; a set outside of a class; an escape; a group; a count; a character. In any
+# case, (?i:, f, i, ss and st are more to one of the two: "ss" is "ß", "i" is the dotless one.
+REGEX_PART = re.compile(
+    r"\[\^?(?:\\p\{\w+\}|\\[srnt]|\\[^\w\s]|&(?!&)|-(?!\\)|[^]\\[&-])+\]"
+    r"|(?P<set>\\[pP]\{\w+\}|\\[sS])"
+    r"|\\[rnt]|\\[^\w\s]"
+    r"|\(\?[:=!]|\(\?i:(?=[a-eghj-z'|[\]]+\))(?![^)]*s[st])|\((?!\?)"
+    r"|\{\d+(?:,\d*)?\}(?![?+])"
+    r"|[^]\\[({^$]"
+)
+ESCAPE = re.compile(r"\\p\{(\w+)\}|\\.")
+
+
+def piece_pattern(regex):
+    """The split regex of a tokenizer.json, compiled. Its .split gives matches and what is between.
+
+    Python's `re` has no \\p{L}, so classes are spelled out. ValueError, or one of `re`, names what
+    it cannot have.
+    """
+    translated = BLOOM_PIECE if regex == BLOOM_SPLIT else ""
+    rest = "" if translated else regex
+    while rest:
+        part = REGEX_PART.match(rest)
+        if not part:
+            raise ValueError(f"no counterpart to what {rest} begins with")
+        rest = rest[part.end() :]
+        text = part[0]
+        if part["set"]:
+            text = f"[{'^' * text[1].isupper()}\\{text[1].lower()}{text[2:]}]"
+        elif text == "(":
+            text = "(?:"  # another group would add to what .split gives
+        translated += ESCAPE.sub(spell_out, text)
+    pattern = re.compile(f"({translated})")
+    if pattern.fullmatch(""):
+        raise ValueError("it matches where there is nothing, too")  # others go on there otherwise
+    return pattern
+
+
+def spell_out(escape):
+    """A match of ESCAPE inside a class -> the characters that it stands for."""
+    if escape[1]:
+        return characters_of(escape[1])
+    return WHITE_SPACE if escape[0] == "\\s" else escape[0]
+
+
+@lru_cache
+def characters_of(category):
+    """A general category of Unicode, "L" or "Lu", as ranges in a class. ValueError for no category.
+
+    "Zl" -> "\\U00002028-\\U00002028"
+    """
+    ranges = ""
+    belongs = lambda code: unicodedata.category(chr(code)).startswith(category)
+    for inside, run in groupby(range(sys.maxunicode + 1), belongs):
+        if inside:
+            run = list(run)
+            ranges += f"\\U{run[0]:08x}-\\U{run[-1]:08x}"
+    if not ranges:
+        raise ValueError(f"{category} is no general category of Unicode")
+    return ranges
 
 
 def byte_characters():
@@ -365,26 +428,40 @@ TOKENIZER_SHAPE = {
 LARGEST_ID = 2**24
 
 
-class BloomTokenizer:
-    """BLOOM's byte-level BPE from tokenizer.json, in plain Python: the ids of the `tokenizers` library.
+class ByteLevelTokenizer:
+    """Byte-level BPE from a tokenizer.json, in plain Python: the ids of the `tokenizers` library.
 
-    InputError names what is there where the file's pipeline is not BLOOM's.
+    BLOOM's, Qwen2's and Llama-3's. InputError names what another pipeline has that these have not.
     """
+
+    target_prefix = " "
 
     def __init__(self, path):
         published = read_json(path, TOKENIZER_SHAPE)
-        check_pipeline(path, published)
+        regex, self.in_front = check_pipeline(path, published)
+        try:
+            self.pieces = piece_pattern(regex).split
+        except (ValueError, re.error, OverflowError, RecursionError) as error:
+            raise InputError(f"{path}: pre_tokenizer splits by {regex!r}: {error}") from None
+        self.normalize = str
+        if published.get("normalizer"):
+            self.normalize = partial(unicodedata.normalize, "NFC")
+        self.ignore_merges = published["model"].get("ignore_merges")  # for a piece that is a token
+        check_shape(self.ignore_merges, (None, bool), f"{path}: model: ignore_merges")
         self.vocabulary = published["model"]["vocab"]  # token, in byte characters -> id
-        self.added = {token["content"]: token["id"] for token in published["added_tokens"]}
-        for token in ("<s>", "</s>", "<pad>"):
-            if token not in self.added:
-                raise InputError(f"{path}: added_tokens: no {token}")
-        self.bos_id, self.eos_id, self.pad_id = (self.added[t] for t in ("<s>", "</s>", "<pad>"))
-        self.tokens = {id: token for token, id in (self.vocabulary | self.added).items()}
-        if not 0 <= min(self.tokens) <= max(self.tokens) < LARGEST_ID:
-            found = f"ids from {min(self.tokens)} to {max(self.tokens)}"
+        added = [token for token in published["added_tokens"] if token["content"]]
+        self.added = {token["content"]: token["id"] for token in added}
+        self.ids = self.vocabulary | self.added
+        self.tokens = {id: token for token, id in self.ids.items()}
+        smallest, largest = min(self.tokens, default=0), max(self.tokens, default=0)
+        if not 0 <= smallest <= largest < LARGEST_ID:
+            found = f"ids from {smallest} to {largest}"
             raise InputError(f"{path}: {found}, expected 0 to {LARGEST_ID - 1}")
-        self.vocab_size = max(self.tokens) + 1
+        if not {*self.in_front} <= self.tokens.keys():
+            raise InputError(f"{path}: post_processor adds {self.in_front}, which is no token")
+        self.vocab_size = largest + 1
+        bos, eos, pad = (self.added.get(token, -1) for token in ("<s>", "</s>", "<pad>"))  # BLOOM's
+        self.own_ids = {"bos": self.in_front[0] if self.in_front else bos, "eos": eos, "pad": pad}
         self.ranks = {}
         for rank, merge in enumerate(published["model"]["merges"]):
             # "a b" until tokenizers 0.20, [a, b] since.
@@ -392,20 +469,28 @@ class BloomTokenizer:
             if len(pair) != 2 or not {*pair, "".join(pair)} <= self.vocabulary.keys():
                 raise InputError(f"{path}: merge {merge!r} is not of two tokens that make a third")
             self.ranks[pair] = rank
-        longest_first = sorted(self.added, key=len, reverse=True)
-        self.added_pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        self.added_patterns = []
+        for normalized in (False, True):  # those are matched in what the others leave
+            some = [t["content"] for t in added if bool(t.get("normalized")) is normalized]
+            longest_first = sorted(some, key=len, reverse=True)
+            if some:
+                pattern = "|".join(map(re.escape, longest_first))
+                self.added_patterns.append(re.compile(f"({pattern})"))
         self.byte_characters = byte_characters()
         self.character_bytes = {character: byte for byte, character in self.byte_characters.items()}
         self.piece_ids = lru_cache(maxsize=1 << 18)(self.merge)  # words repeat: most are found here
 
     def encode(self, text):
         """str -> list of ids. Added tokens in the text are matched literally, first of all."""
+        parts = [text]
+        for pattern in self.added_patterns:
+            parts = chain.from_iterable(map(pattern.split, parts))
         ids = []
-        for i, part in enumerate(self.added_pattern.split(text)):
-            if i % 2:
+        for part in parts:
+            if part in self.added:
                 ids.append(self.added[part])
             else:
-                for piece in PIECE.split(part):
+                for piece in self.pieces(self.normalize(part)):
                     ids += self.piece_ids(piece)
         return ids
 
@@ -416,6 +501,8 @@ class BloomTokenizer:
         str -> tuple of ids
         """
         symbols = [self.byte_characters[byte] for byte in piece.encode("utf-8", errors="replace")]
+        if self.ignore_merges and "".join(symbols) in self.vocabulary:
+            return (self.vocabulary["".join(symbols)],)
         symbols = [c for c in symbols if c in self.vocabulary]  # `tokenizers` drops others, too
         after = list(range(1, len(symbols) + 1))
         before = list(range(-1, len(symbols) - 1))
@@ -453,76 +540,103 @@ class BloomTokenizer:
 
 
 def check_pipeline(path, published):
-    """Refuse a tokenizer.json that does anything else to text than BLOOM's does."""
-    steps = published["pre_tokenizer"]
-    if steps and steps.get("type") == "Sequence":
-        steps = steps.get("pretokenizers")
-    else:
-        steps = [steps]
-    without_offsets = []
-    for step in steps if isinstance(steps, list) else [steps]:
-        step = dict(step) if isinstance(step, dict) else {"type": step}
-        step.pop("trim_offsets", None)  # of no meaning to ids
-        without_offsets.append(step)
-    split = {
-        "type": "Split",
-        "pattern": {"Regex": BLOOM_SPLIT},
-        "behavior": "Isolated",
-        "invert": False,
-    }
+    """Refuse a tokenizer.json that does to text what ByteLevelTokenizer does not.
+
+    -> the regex that it splits by, and the ids that it puts in front of a text: [] or [one]
+    """
+    model, normalizer = published["model"], published.get("normalizer")
+    pre_tokenizer = steps_of(published["pre_tokenizer"], "pretokenizers")
+    pattern = pre_tokenizer[0].get("pattern") if pre_tokenizer else None
+    regex = pattern.get("Regex") if isinstance(pattern, dict) else None
+    regex = regex if isinstance(regex, str) else "..."
+    split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
-    model = published["model"]
-    options = ("dropout", "unk_token", "byte_fallback", "ignore_merges")
+    options = ("dropout", "unk_token", "byte_fallback")
     options += ("continuing_subword_prefix", "end_of_word_suffix")
+    flags = ["single_word", "lstrip", "rstrip", *["normalized"] * bool(normalizer)]
     flagged = []
     for token in published["added_tokens"]:
-        for flag in ("single_word", "lstrip", "rstrip", "normalized"):
-            if token.get(flag):
-                flagged.append(f"{token['content']} {flag}")
-    post_processor = published.get("post_processor") or {"type": "ByteLevel"}
-    if isinstance(post_processor, dict):
-        post_processor = post_processor.get("type")
+        flagged += [f"{token['content']} {flag}" for flag in flags if token.get(flag)]
     found = {
-        "normalizer": published.get("normalizer"),
-        "pre_tokenizer": without_offsets,
+        "normalizer": normalizer,
+        "pre_tokenizer": pre_tokenizer,
         "model": [model["type"], *(f"{name}={model[name]}" for name in options if model.get(name))],
         "decoder": (published["decoder"] or {}).get("type"),
-        "post_processor": post_processor,
         "added_tokens": flagged,
     }
     expected = {
-        "normalizer": None,
+        "normalizer": {"type": "NFC"} if normalizer else None,
         "pre_tokenizer": [split, byte_level],
         "model": ["BPE"],
         "decoder": "ByteLevel",
-        "post_processor": "ByteLevel",  # which only trims offsets
         "added_tokens": [],  # none with flags
     }
     for part, value in expected.items():
         if found[part] != value:
-            raise InputError(f"{path}: {part} is {found[part]}, expected BLOOM's {value}")
+            raise InputError(f"{path}: {part} is {found[part]}, expected {value}")
+    processors = steps_of(published.get("post_processor"), "processors")
+    templates = [step for step in processors if step.get("type") != "ByteLevel"]  # trims offsets
+    return regex, ids_in_front(templates, f"{path}: post_processor") if templates else []
+
+
+def ids_in_front(templates, where):
+    """What post-processors put in front of a text, [id]. InputError where they do anything else."""
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    found = [step.get("type") for step in templates]
+    if found == ["TemplateProcessing"]:
+        (template,) = templates
+        check_shape(template, {"single": [{}], "special_tokens": {str: {"ids": [int]}}}, where)
+        found = template["single"]
+        for name, token in template["special_tokens"].items():
+            in_front = {"SpecialToken": {"id": name, "type_id": 0}}
+            if found == [in_front, text] and len(token["ids"]) == 1:
+                return token["ids"]
+    raise InputError(f"{where} is {found}, expected a template of one token in front of the text")
+
+
+def steps_of(part, key):
+    """What a part of a pipeline does, one after the other: nothing, one step, or a "Sequence"."""
+    if part is None:
+        return []
+    if isinstance(part, dict) and part.get("type") == "Sequence":
+        part = part.get(key)
+    steps = []
+    for step in part if isinstance(part, list) else [part]:
+        step = dict(step) if isinstance(step, dict) else {"type": step}
+        step.pop("trim_offsets", None)  # of no meaning to ids
+        steps.append(step)
+    return steps
 
 
 class SentencePieceTokenizer:
-    """Baichuan's tokenizer.model. The file's own flags say how prefix and white space are treated."""
+    """A tokenizer.model: Baichuan's, LLaMA's, Mistral's. The file's own flags treat white space."""
+
+    in_front = []  # nothing that the file says
 
     def __init__(self, path):
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-            self.model.id_to_piece(list(range(self.model.get_piece_size())))  # are all UTF-8?
+            pieces = self.model.id_to_piece(list(range(self.model.get_piece_size())))  # all UTF-8?
+            begin = "".join(self.model.encode("a", out_type=str))
         except (OSError, RuntimeError, ValueError) as error:
             raise InputError(f"{path}: not a sentencepiece model ({error})") from None
-        self.vocab_size = self.model.get_piece_size()
-        if self.model.eos_id() < 0:
-            raise InputError(f"{path}: has no end-of-sentence token")
-        self.bos_id, self.eos_id = self.model.bos_id(), self.model.eos_id()
-        pad_id = self.model.pad_id()
-        self.pad_id = pad_id if pad_id >= 0 else self.model.unk_id()  # Baichuan pads with <unk>
-        self.encode = self.model.encode
-        self.decode = self.model.decode
+        self.vocab_size = len(pieces)
+        self.ids = {piece: id for id, piece in enumerate(pieces)}
+        # LLaMA's puts a space before any text, a "dummy prefix": a second one would be a token.
+        self.target_prefix = "" if begin.startswith("▁") else " "
+        model = self.model
+        pad = model.pad_id() if model.pad_id() >= 0 else model.unk_id()  # LLaMA pads with <unk>
+        self.own_ids = {"bos": model.bos_id(), "eos": model.eos_id(), "pad": pad}
+        self.encode, self.decode = model.encode, model.decode
 
 
-TOKENIZERS = {"tokenizer.model": SentencePieceTokenizer, "tokenizer.json": BloomTokenizer}
+TOKENIZERS = {"tokenizer.model": SentencePieceTokenizer, "tokenizer.json": ByteLevelTokenizer}
+
+# Where a folder says which token begins a text, ends it, or pads: the first that does so counts.
+NAMED = "{}_token", (None, str, {"content": str})
+NUMBERED = "{}_token_id", (None, int, [int])
+SPECIAL_TOKENS = {"tokenizer_config.json": NAMED, "special_tokens_map.json": NAMED}
+SPECIAL_TOKENS |= {"config.json": NUMBERED}
 
 
 def tokenizer_file(folder):
@@ -533,13 +647,67 @@ def tokenizer_file(folder):
     raise InputError(f"{folder}: no tokenizer.model and no tokenizer.json")
 
 
+def tokenizer_files(folder):
+    """All files that load_tokenizer reads: the tokenizer's, then those of SPECIAL_TOKENS."""
+    others = (Path(folder) / name for name in SPECIAL_TOKENS)
+    return [tokenizer_file(folder), *(path for path in others if path.exists())]
+
+
 def load_tokenizer(folder):
     """The tokenizer of a published checkpoint folder.
 
-    -> .encode(str) -> list[int], .decode(list[int]) -> str, .bos_id, .eos_id, .pad_id, .vocab_size
+    -> .encode(str) -> list[int], .decode(list[int]) -> str, .bos_id, .eos_id, .pad_id, .vocab_size;
+    .prompt_prefix: [bos_id] where the folder's files ask for it, else []; encode adds none.
+    .target_prefix: the space between prompt and target, "" where encode adds it.
     """
-    path = tokenizer_file(folder)
-    return TOKENIZERS[path.name](path)
+    path, *others = tokenizer_files(folder)
+    tokenizer = TOKENIZERS[path.name](path)
+    files = {other: read_json(other, {}) for other in others}
+    tokenizer.bos_id = special_id("bos", tokenizer, files)
+    tokenizer.eos_id = special_id("eos", tokenizer, files)
+    tokenizer.pad_id = special_id("pad", tokenizer, files)
+    if tokenizer.eos_id < 0:
+        raise InputError(f"{path}: no end-of-sentence token, nor in {', '.join(SPECIAL_TOKENS)}")
+    if tokenizer.pad_id < 0:
+        tokenizer.pad_id = tokenizer.eos_id  # padding is masked: any id does
+    if tokenizer.in_front not in ([], [tokenizer.bos_id]):
+        found = f"{path}: post_processor puts {tokenizer.in_front} in front of a text"
+        raise InputError(f"{found}, expected beginning-of-sentence, {tokenizer.bos_id}")
+    settings = path.with_name("tokenizer_config.json")
+    config = files.get(settings, {})
+    adds_bos = config.get("add_bos_token")
+    check_shape(adds_bos, (None, bool), f"{settings}: add_bos_token")
+    if adds_bos is None and path.name == "tokenizer.model":
+        adds_bos = config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast")
+    elif adds_bos is None:
+        adds_bos = bool(tokenizer.in_front)
+    if adds_bos and tokenizer.bos_id < 0:
+        raise InputError(f"{path}: no beginning-of-sentence token, which {settings.name} asks for")
+    tokenizer.prompt_prefix = [tokenizer.bos_id] if adds_bos else []
+    return tokenizer
+
+
+def special_id(kind, tokenizer, files):
+    """The id of a folder's "bos", "eos" or "pad", -1 for none.
+
+    files: path -> content of those of SPECIAL_TOKENS that are there
+    """
+    for path, content in files.items():
+        key, shape = SPECIAL_TOKENS[path.name]
+        key = key.format(kind)
+        value = content.get(key)
+        check_shape(value, shape, f"{path}: {key}")
+        if isinstance(value, list):
+            value = value[0] if value else None  # several may end a text: the first is written
+        if isinstance(value, dict):
+            value = value["content"]
+        if value is None:
+            continue
+        id = tokenizer.ids.get(value) if isinstance(value, str) else value
+        if id not in tokenizer.ids.values():
+            raise InputError(f"{path}: {key} {value!r} is not in the tokenizer's vocabulary")
+        return id
+    return tokenizer.own_ids[kind]
 
 
 class LineEnds(NamedTuple):
@@ -621,12 +789,13 @@ def render(tokenizer, pair, source, target=None):
     """A translation example: (prompt ids, target ids). The target's end in eos; [] for None.
 
     Prompt and target are tokenized apart and joined, in training as in generation, so that no
-    merge crosses the boundary.
+    merge crosses the boundary. That is what the joined text gives, where a tokenizer splits there.
     """
-    prompt_ids = tokenizer.encode(prompt_text(pair, source))
+    prompt_ids = [*tokenizer.prompt_prefix, *tokenizer.encode(prompt_text(pair, source))]
     if target is None:
         return prompt_ids, []
-    return prompt_ids, [*tokenizer.encode(f" {target}"), tokenizer.eos_id]
+    target_ids = tokenizer.encode(f"{tokenizer.target_prefix}{target}")
+    return prompt_ids, [*target_ids, tokenizer.eos_id]
 
 
 # --------------------------------------------------------------------------------------------------

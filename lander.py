@@ -91,8 +91,8 @@ from torch.utils.checkpoint import checkpoint
 from data import InputError, exit_status, find_parallel, fingerprint, first_line, first_process
 from data import group_by_length, has_line_break, line_ends, list_pairs, load_tokenizer, locked
 from data import make_batch, make_batches, open_parallel, parse_json, read_json, read_lines
-from data import read_tensors, render, split_pair, tokenizer_file, write_json, write_lines
-from data import write_tensors
+from data import read_tensors, render, split_pair, tokenizer_file, tokenizer_files, write_json
+from data import write_lines, write_tensors
 from model import FFN, Config, checkpoint_files, load_model, save_model
 
 
@@ -1270,7 +1270,7 @@ def tune(settings, folder):
     inputs = read_inputs(tokenizer, tuned, settings)
     model = load_model(settings.weights, device, dtype).requires_grad_(False)
     weights = Path(settings.weights)
-    files = [weights / "config.json", tokenizer_file(weights), *checkpoint_files(weights)]
+    files = [*tokenizer_files(weights), *checkpoint_files(weights)]  # config.json is one of them
     files += weights.glob("model.safetensors.index.json")
     record_args(folder, settings, [*files, *inputs.files])
     size = sum(p.numel() for p in model.parameters())

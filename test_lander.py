@@ -134,6 +134,7 @@ class Letters:
     """A tokenizer of one id a character."""
 
     eos_id, pad_id = 2, 3
+    prompt_prefix, target_prefix = [], " "
     encode = staticmethod(lambda text: [ord(c) for c in text])
 
 
@@ -749,8 +750,8 @@ def word_tokenizer(lines):
     characters = data.byte_characters()
     special = ["<unk>", "<s>", "</s>", "<pad>"]
     vocabulary = {token: id for id, token in enumerate([*special, *characters.values()])}
-    merges = []
-    for piece in dict.fromkeys(piece for line in lines for piece in data.PIECE.split(line)):
+    merges, split = [], data.piece_pattern(data.BLOOM_SPLIT).split
+    for piece in dict.fromkeys(piece for line in lines for piece in split(line)):
         word = "".join(characters[byte] for byte in piece.encode())
         for end in range(2, len(word) + 1):  # one character after the other
             if word[:end] not in vocabulary:
@@ -1226,6 +1227,7 @@ class Bytes:
     """A tokenizer of one id a byte."""
 
     eos_id, pad_id, vocab_size = 0, 1, 128
+    prompt_prefix, target_prefix = [], " "
     encode = staticmethod(lambda text: list(text.encode("ascii", "replace")))
     decode = staticmethod(lambda ids: bytes(ids).decode("latin-1"))
 
@@ -1290,17 +1292,21 @@ def test_resuming_on_other_data_names_the_file(world, tmp_path, monkeypatch, cap
     assert contents(Path("run")) == before
 
 
-def test_resuming_on_other_weights_names_the_file(world, tmp_path, monkeypatch, capsys):
-    """A checkpoint of the same shapes whose header differs, or whose config does."""
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer_config.json"])
+def test_resuming_on_other_weights_names_the_file(world, tmp_path, monkeypatch, capsys, name):
+    """A checkpoint of the same shapes whose header differs; another beginning of every prompt."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(world / "weights", "weights")
     words = arguments(world, "--weights", "weights")
     end_before_tuned(monkeypatch, words)
     tensors = load_file("weights/model.safetensors")
-    save_file(tensors, "weights/model.safetensors", metadata={"format": "other"})
+    if name == "model.safetensors":
+        save_file(tensors, "weights/model.safetensors", metadata={"format": "other"})
+    else:
+        Path("weights", name).write_text('{"add_bos_token": true}')
     capsys.readouterr()
     assert lander.main([*words, "--resume"]) == 2
-    assert "weights/model.safetensors has changed" in capsys.readouterr().err
+    assert f"weights/{name} has changed" in capsys.readouterr().err
 
 
 def test_the_files_of_a_run_can_be_evaluated_alone(world, tmp_path, monkeypatch):
@@ -2867,11 +2873,53 @@ def bloom_tokenizer(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def byte_level_tokenizers(tmp_path_factory):
+    """Folders with tokenizers of Qwen2's and Llama-3's pipelines, by name; trained in the library."""
+    pytest.importorskip("tokenizers")
+    from study import tokens
+
+    folders = {name: tmp_path_factory.mktemp(name) for name in tokens.PIPELINES}
+    for name, folder in folders.items():
+        tokens.train(name, TRAINING_TEXT, folder, vocab_size=500)
+    return folders
+
+
 def edited_tokenizer(folder, target, edit):
     published = json.loads((folder / "tokenizer.json").read_text())
     edit(published)
     (target / "tokenizer.json").write_text(json.dumps(published))
     return target
+
+
+def split_by(regex):
+    """An edit of a tokenizer.json."""
+    return lambda published: published["pre_tokenizer"]["pretokenizers"][0].update(
+        pattern={"Regex": regex}
+    )
+
+
+def of_split(**changes):
+    return lambda published: published["pre_tokenizer"]["pretokenizers"][0].update(changes)
+
+
+def of_byte_level(**changes):
+    return lambda published: published["pre_tokenizer"]["pretokenizers"][1].update(changes)
+
+
+def normalized_token(published):
+    """An edit: an added token that is matched in what the others leave."""
+    vocabulary = published["model"]["vocab"]
+    vocabulary["x<"] = vocabulary.pop("<s>")
+    published["added_tokens"][1].update(content="x<", normalized=True)
+
+
+def template(*names, ids=(1,)):
+    """An edit: what is put around the text A."""
+    single = [{"Sequence" if name == "A" else "SpecialToken": {"id": name, "type_id": 0}} for name in names]
+    tokens = {name: {"id": name, "ids": list(ids), "tokens": [name]} for name in names if name != "A"}
+    step = {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": tokens}
+    return lambda published: published.update(post_processor=step)
 
 
 def random_texts(count):
@@ -2912,6 +2960,48 @@ def test_bloom_ids_and_text_equal_tokenizers(bloom_tokenizer):
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=False)
 
 
+@pytest.mark.parametrize("name", ["Qwen2", "Llama-3"])
+def test_byte_level_ids_and_text_equal_tokenizers(byte_level_tokenizers, name):
+    """Letters and numbers of some scripts alone, Python's white space, marks left apart, merges not ignored."""
+    from tokenizers import Tokenizer
+
+    from study import tokens
+
+    folder = byte_level_tokenizers[name]
+    theirs, ours = Tokenizer.from_file(str(folder / "tokenizer.json")), load_tokenizer(folder)
+    assert ours.vocab_size == theirs.get_vocab_size()
+    for text in [*TEXTS, *tokens.random_texts(4000, seed=1, added=[*ours.added])]:
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text, add_special_tokens=False).ids, ascii(text)
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=False)
+        assert [*ours.prompt_prefix, *ids] == theirs.encode(text).ids
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        normalized_token,
+        lambda p: p["added_tokens"].clear(),
+        lambda p: p["model"].update(merges=[]),
+        lambda p: p.update(normalizer={"type": "NFC"}),
+        lambda p: p.update(post_processor=None),
+        lambda p: p["model"].update(ignore_merges=True, merges=[]),
+        split_by(r"(\S)x?"),
+        split_by(r"[\p{Lu}\p{M}]+(?=\s)|\P{N}?\p{Ll}{2,3}|\S+|[\r\n\-.]"),
+        split_by(r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}|.|\s+(?!\S)"),
+    ],
+)
+def test_other_pipelines_of_the_kind_equal_tokenizers(bloom_tokenizer, tmp_path, edit):
+    """A token that takes the beginning of another; none, so that all characters are apart; merges ignored."""
+    from tokenizers import Tokenizer
+
+    folder = edited_tokenizer(bloom_tokenizer, tmp_path, edit)
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "!"}')
+    theirs, ours = Tokenizer.from_file(str(folder / "tokenizer.json")), load_tokenizer(folder)
+    for text in [*TEXTS, "x<unk>", "x<y", *random_texts(300)]:
+        assert ours.encode(text) == theirs.encode(text).ids, ascii(text)
+
+
 def test_merges_load_in_both_file_forms(bloom_tokenizer, tmp_path):
     """ "a b" strings until tokenizers 0.20, [a, b] pairs since."""
     merges = json.loads((bloom_tokenizer / "tokenizer.json").read_text())["model"]["merges"]
@@ -2936,26 +3026,58 @@ def test_merges_load_in_both_file_forms(bloom_tokenizer, tmp_path):
 )
 def test_pre_tokenizer_by_hand(text, pieces):
     """Oniguruma's nested class is a union; Python's re reads it otherwise."""
-    assert [piece for piece in data.PIECE.split(text) if piece] == pieces.split("·")
+    assert [*filter(None, data.piece_pattern(data.BLOOM_SPLIT).split(text))] == pieces.split("·")
 
 
 @pytest.mark.parametrize(
     "edit, culprit",
     [
-        (lambda p: p.update(normalizer={"type": "NFC"}), "NFC"),
-        (
-            lambda p: p["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex="\\s+"),
-            "\\\\s+",
-        ),
+        (lambda p: p.update(normalizer={"type": "NFKC"}), "NFKC"),
+        (lambda p: p.update(normalizer={"type": "Sequence", "normalizers": []}), "normalizers"),
+        (split_by(r"\w+"), r"\w+"),
+        (split_by(r"a|\p{Han}+"), "Han"),
+        (split_by(r"[\p{L}\P{N}]"), r"[\p{L}\P{N}]"),
+        (split_by("[a[b]]"), "[a[b]]"),
+        (split_by("[a-z&&b]"), "[a-z&&b]"),
+        (split_by("^a"), "^a"),
+        (split_by("a{2}?"), "{2}?"),
+        (split_by("(?i:'st)"), "(?i:'st)"),
+        (split_by("(?<name>a)"), "(?<name>a)"),
+        (split_by("(a"), "unterminated"),
+        (split_by("a{1,99999999999}"), "too large"),
+        (split_by(r"\s*"), "nothing"),
+        (of_split(pattern={"String": " "}), "String"),
+        (of_split(behavior="Removed"), "Removed"),
+        (of_split(invert=True), "'invert': True"),
+        (of_byte_level(use_regex=True), "'use_regex': True"),
+        (of_byte_level(add_prefix_space=True), "'add_prefix_space': True"),
         (lambda p: p.update(pre_tokenizer={"type": "Whitespace"}), "Whitespace"),
         (lambda p: p.update(pre_tokenizer=None), "pre_tokenizer"),
         (lambda p: p["model"].update(type="WordPiece"), "WordPiece"),
         (lambda p: p["model"].update(byte_fallback=True), "byte_fallback"),
-        (lambda p: p["model"].update(ignore_merges=True), "ignore_merges"),
+        (lambda p: p["model"].update(ignore_merges=7), "ignore_merges"),
+        (lambda p: p["model"].update(dropout=0.1), "dropout=0.1"),
+        (lambda p: p["model"].update(unk_token="<unk>"), "unk_token=<unk>"),
+        (lambda p: p["model"].update(continuing_subword_prefix="##"), "continuing_subword_prefix"),
+        (lambda p: p["model"].update(end_of_word_suffix="</w>"), "end_of_word_suffix"),
         (lambda p: p.update(decoder={"type": "Metaspace"}), "Metaspace"),
-        (lambda p: p.update(post_processor={"type": "TemplateProcessing"}), "TemplateProcessing"),
-        (lambda p: p["added_tokens"][1].update(lstrip=True), "<s>"),
-        (lambda p: p["added_tokens"].pop(3), "<pad>"),
+        (lambda p: p.update(post_processor={"type": "TemplateProcessing"}), "no single"),
+        (lambda p: p.update(post_processor={"type": "RobertaProcessing"}), "RobertaProcessing"),
+        (lambda p: p.update(post_processor=7), "post_processor is [7]"),
+        (template("<s>", "A", "</s>"), "</s>"),
+        (template("<s>", "<s>", "A"), "'<s>'"),
+        (template("A"), "'A'"),
+        (template("<s>", "A", ids=(1, 1)), "'<s>'"),
+        (template("<s>", "A", ids=(10**6,)), "1000000"),
+        (lambda p: p["added_tokens"][1].update(lstrip=True), "<s> lstrip"),
+        (lambda p: p["added_tokens"][1].update(rstrip=True), "<s> rstrip"),
+        (lambda p: p["added_tokens"][1].update(single_word=True), "<s> single_word"),
+        (
+            lambda p: p.update(normalizer={"type": "NFC"})
+            or p["added_tokens"][1].update(normalized=True),
+            "<s> normalized",
+        ),
+        (lambda p: p["added_tokens"].pop(2), "no end-of-sentence"),
         (lambda p: p.pop("model"), "model"),
         (lambda p: p["model"].update(vocab=[]), "vocab"),
         (lambda p: p["model"]["vocab"].update(x="7"), '"7" is not a whole number'),
@@ -2967,22 +3089,157 @@ def test_pre_tokenizer_by_hand(text, pieces):
     ],
 )
 def test_another_pipeline_is_refused_by_name(bloom_tokenizer, tmp_path, edit, culprit):
-    """A tokenizer that is almost BLOOM's gives ids that are almost right."""
+    """A tokenizer that is almost one of those known gives ids that are almost right."""
     with pytest.raises(InputError) as error:
         load_tokenizer(edited_tokenizer(bloom_tokenizer, tmp_path, edit))
     assert culprit in message(error) and "tokenizer.json" in message(error)
 
 
-@pytest.fixture(scope="session")
-def baichuan_tokenizer(tmp_path_factory):
-    """A folder with a tokenizer.model of Baichuan's flags: identity normalization, no dummy prefix, byte fallback."""
-    folder = tmp_path_factory.mktemp("sentencepiece")
+def train_sentencepiece(folder, add_dummy_prefix):
+    """A folder with a tokenizer.model: identity normalization, byte fallback, white space kept."""
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TRAINING_TEXT), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=420,
-        byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
-        character_coverage=1.0, minloglevel=2,
+        byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=add_dummy_prefix,
+        remove_extra_whitespaces=False, character_coverage=1.0, minloglevel=2,
     )  # fmt: skip
     return folder
+
+
+@pytest.fixture(scope="session")
+def baichuan_tokenizer(tmp_path_factory):
+    return train_sentencepiece(tmp_path_factory.mktemp("baichuan"), add_dummy_prefix=False)
+
+
+@pytest.fixture(scope="session")
+def llama_tokenizer(tmp_path_factory):
+    return train_sentencepiece(tmp_path_factory.mktemp("llama"), add_dummy_prefix=True)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folders(bloom_tokenizer, byte_level_tokenizers, baichuan_tokenizer, llama_tokenizer):
+    """By family."""
+    own = {"bloom": bloom_tokenizer, "baichuan": baichuan_tokenizer, "llama": llama_tokenizer}
+    return own | byte_level_tokenizers
+
+
+def with_files(folder, target, **files):
+    """A tokenizer's folder with other files beside it, by name without .json; none for None."""
+    shutil.copytree(folder, target, dirs_exist_ok=True)
+    for name, content in files.items():
+        if content is None:
+            (target / f"{name}.json").unlink(missing_ok=True)
+        else:
+            (target / f"{name}.json").write_text(json.dumps(content))
+    return target
+
+
+@pytest.mark.parametrize("family", ["bloom", "baichuan", "llama", "Qwen2", "Llama-3"])
+def test_prompt_and_target_are_what_the_joined_text_gives(tokenizer_folders, family):
+    """Two spaces where a sentencepiece model puts one itself; none where it does not."""
+    ours = load_tokenizer(tokenizer_folders[family])
+    for target in ["das Haus", "Das", "12", "«ja»", " two spaces", "你好", "é", "<s>"]:
+        prompt, answer = render(ours, "en-de", "the house", target)
+        joined = ours.encode(f"{data.prompt_text('en-de', 'the house')} {target}")
+        assert [*prompt, *answer] == [*ours.prompt_prefix, *joined, ours.eos_id]
+        assert ours.decode(answer[:-1]).lstrip() == target.lstrip()
+
+
+NAMED = {"content": "<unk>", "lstrip": False}
+
+
+@pytest.mark.parametrize(
+    "family, files, expected",
+    [
+        ("bloom", {}, (1, 2, 3)),
+        ("bloom", {"tokenizer_config": {"bos_token": "<pad>", "eos_token": NAMED}}, (3, 0, 3)),
+        ("bloom", {"tokenizer_config": {"bos_token": None, "pad_token": "a"}}, (1, 2, "a")),
+        ("bloom", {"special_tokens_map": {"bos_token": NAMED, "pad_token": "</s>"}}, (0, 2, 2)),
+        ("bloom", {"config": {"bos_token_id": 3, "eos_token_id": [0, 2], "pad_token_id": 1}}, (3, 0, 1)),
+        ("bloom", {"config": {"eos_token_id": [], "bos_token_id": None}}, (1, 2, 3)),
+        ("bloom", {"config": {"eos_token_id": 0}, "special_tokens_map": {"eos_token": "<s>"}}, (1, 1, 3)),
+        ("bloom", {"special_tokens_map": {"eos_token": "<unk>"}, "tokenizer_config": {"eos_token": "<s>"}}, (1, 1, 3)),
+        ("baichuan", {}, (1, 2, 0)),
+        ("llama", {"tokenizer_config": {"eos_token": NAMED, "pad_token": "</s>"}}, (1, 0, 2)),
+        ("llama", {"config": {"eos_token_id": 7}}, (1, 7, 0)),
+        ("Qwen2", {}, (-1, 0, 0)),
+        ("Qwen2", {"tokenizer_config": {"eos_token": "<|im_end|>"}}, (-1, 2, 2)),
+        ("Qwen2", {"tokenizer_config": None, "config": {"bos_token_id": 1, "eos_token_id": 2}}, (1, 2, 2)),
+        ("Llama-3", {}, (0, 1, 1)),
+        ("Llama-3", {"tokenizer_config": {"eos_token": "<|end_of_text|>"}}, (0, 1, 1)),
+    ],
+)  # fmt: skip
+def test_special_ids_come_from_the_folders_files(
+    tokenizer_folders, tmp_path, family, files, expected
+):
+    """Generation that never ends, or ends at once: an end that is another's, or of another file."""
+    ours = load_tokenizer(with_files(tokenizer_folders[family], tmp_path, **files))
+    expected = tuple(id if isinstance(id, int) else ours.ids[id] for id in expected)
+    assert (ours.bos_id, ours.eos_id, ours.pad_id) == expected
+
+
+@pytest.mark.parametrize(
+    "family, files, culprits",
+    [
+        ("bloom", {"tokenizer_config": {"eos_token": "none"}}, ["tokenizer_config.json: eos_token", "'none'"]),
+        ("llama", {"special_tokens_map": {"pad_token": "[PAD]"}}, ["special_tokens_map.json: pad_token", "[PAD]"]),
+        ("bloom", {"config": {"bos_token_id": 10**6}}, ["config.json: bos_token_id 1000000"]),
+        ("llama", {"config": {"eos_token_id": [-1]}}, ["config.json: eos_token_id -1"]),
+        ("bloom", {"tokenizer_config": {"eos_token": 7}}, ["tokenizer_config.json: eos_token: 7"]),
+        ("bloom", {"tokenizer_config": {"eos_token": {}}}, ["eos_token: no content"]),
+        ("bloom", {"config": {"eos_token_id": "</s>"}}, ["config.json: eos_token_id"]),
+        ("bloom", {"config": {"eos_token_id": [True]}}, ["eos_token_id: in the list: true"]),
+        ("llama", {"tokenizer_config": {"add_bos_token": "yes"}}, ["add_bos_token", "yes"]),
+        ("llama", {"tokenizer_config": []}, ["tokenizer_config.json: []"]),
+        ("Qwen2", {"tokenizer_config": None}, ["no end-of-sentence token"]),
+        ("Qwen2", {"tokenizer_config": {"eos_token": "a", "add_bos_token": True}}, ["no beginning-of-sentence"]),
+        ("Llama-3", {"tokenizer_config": {"eos_token": "a", "bos_token": "b"}}, ["post_processor puts [0]"]),
+    ],
+)  # fmt: skip
+def test_wrong_special_tokens_are_refused_by_name(
+    tokenizer_folders, tmp_path, family, files, culprits
+):
+    with pytest.raises(InputError) as error:
+        load_tokenizer(with_files(tokenizer_folders[family], tmp_path, **files))
+    assert all(culprit in message(error) for culprit in [str(tmp_path), *culprits])
+
+
+@pytest.mark.parametrize(
+    "family, config, begins",
+    [
+        ("bloom", {}, False),
+        ("bloom", {"add_bos_token": True, "tokenizer_class": "BloomTokenizerFast"}, True),
+        ("baichuan", {"tokenizer_class": "BaichuanTokenizer"}, False),
+        ("baichuan", {"add_bos_token": False, "tokenizer_class": "BaichuanTokenizer"}, False),
+        ("llama", None, False),
+        ("llama", {"tokenizer_class": "LlamaTokenizer"}, True),
+        ("llama", {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": None}, True),
+        ("llama", {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False}, False),
+        ("llama", {"add_bos_token": True}, True),
+        ("Qwen2", {"eos_token": "<|im_end|>", "bos_token": "<|im_start|>"}, False),
+        ("Llama-3", {"eos_token": "<|end_of_text|>"}, True),
+        ("Llama-3", {"eos_token": "<|end_of_text|>", "add_bos_token": False}, False),
+    ],
+)
+def test_a_prompt_begins_with_bos_where_the_files_ask(
+    tokenizer_folders, tmp_path, family, config, begins
+):
+    """A model that never saw a text without it; one in every example of a prompt with examples."""
+    ours = load_tokenizer(with_files(tokenizer_folders[family], tmp_path, tokenizer_config=config))
+    few = compare.FewShot(ours, "en-de", [("a house", "ein Haus"), ("a dog", "ein Hund")])
+    text = data.prompt_text("en-de", "the house")
+    examples = [
+        f"{data.prompt_text('en-de', 'a house')} ein Haus\n\n",
+        f"{data.prompt_text('en-de', 'a dog')} ein Hund\n\n",
+    ]
+    assert not {ours.bos_id} & {*ours.encode(text)}
+    front = [ours.bos_id] * begins
+    prompt, target = render(ours, "en-de", "the house", "das Haus")
+    assert prompt == [*front, *ours.encode(text)] and ours.bos_id not in target
+    assert render(few, "en-de", "the house")[0] == [*front, *ours.encode("".join(examples) + text)]
+    short, _ = probe.short_prompt(ours, "en-de", "the house", "das Haus")
+    assert short == [*front, *ours.encode("English: the house = German:")]
+    ids, kinds = probe.kinds_of_tokens(ours, "en-de", "the house", "das Haus")
+    assert kinds[: len(front)] == ["prompt"] * begins and ids[: len(front)] == front
 
 
 def test_sentencepiece_follows_the_files_flags(baichuan_tokenizer):
@@ -3237,6 +3494,7 @@ def test_worked_examples():
     assert model.published_names("bloom", "blocks.3.ffn.up.bias") == ["h.3.mlp.dense_h_to_4h.bias"]
     assert lander.union({"en-de": [1, 7], "fr-cs": [1, 2]}) == [1, 2, 7]
     assert model.survivors(torch.tensor([True, False, True, True])).tolist() == [0, 3, 2]
+    assert data.characters_of("Zl") == "\\U00002028-\\U00002028"
     assert [data.byte_characters()[byte] for byte in (65, 32, 10)] == ["A", "Ġ", "Ċ"]
     assert data.split_pair("en-de") == ("en", "de")
     (ids,), _, (targets,) = data.make_batch([([5, 6], [7, 2])], pad_id=3)

@@ -37,7 +37,7 @@ from sacrebleu.significance import PairedTest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lander
 from data import InputError, exit_status, locked, make_batches, read_json, read_lines, read_tensors
-from data import render, split_pair, write_json, write_tensors
+from data import prompt_text, split_pair, write_json, write_tensors
 from model import load_model
 from study.methods import GROUPS, L2_DECAY, METHODS, Context, draw_to_start, interpolate
 
@@ -50,13 +50,12 @@ class FewShot:
     """A tokenizer that puts the same examples in front of every prompt."""
 
     def __init__(self, tokenizer, pair, examples):
-        self.tokenizer, self.prefix = tokenizer, []
+        self.tokenizer, self.examples = tokenizer, ""
         for source, target in examples:
-            prompt, answer = render(tokenizer, pair, source, target)
-            self.prefix += [*prompt, *answer[:-1], *tokenizer.encode("\n\n")]
+            self.examples += f"{prompt_text(pair, source)} {target}\n\n"
 
     def encode(self, text):
-        return self.prefix + self.tokenizer.encode(text)
+        return self.tokenizer.encode(self.examples + text)
 
     def __getattr__(self, name):
         return getattr(self.tokenizer, name)

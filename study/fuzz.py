@@ -39,6 +39,15 @@ CONFIGS = {
     "bloom": {"model_type": "bloom", "n_embed": 16, "n_layer": 3, "n_head": 2},
     "baichuan": SIZES
     | {"model_type": "baichuan", "intermediate_size": 24, "model_max_length": 512},
+    "qwen2": SIZES
+    | {"model_type": "qwen2", "intermediate_size": 24, "num_key_value_heads": 1}
+    | {"eos_token_id": [2, 3]},
+}
+# Beside the tokenizer's own file, which says nothing of these.
+NAMED = {
+    "bloom": {},
+    "baichuan": {"tokenizer_class": "LlamaTokenizer", "eos_token": {"content": "</s>"}},
+    "qwen2": {"bos_token": "<s>", "eos_token": None, "add_bos_token": True},
 }
 
 
@@ -46,9 +55,9 @@ CONFIGS = {
 # A world to break
 
 
-def tokenizer_json(vocabulary, merges):
-    """Contents of a tokenizer.json of BLOOM's pipeline. Its first four tokens are the special ones."""
-    split = {"type": "Split", "pattern": {"Regex": BLOOM_SPLIT}}
+def tokenizer_json(vocabulary, merges, regex=BLOOM_SPLIT):
+    """Contents of a tokenizer.json like BLOOM's. Its first four tokens are the special ones."""
+    split = {"type": "Split", "pattern": {"Regex": regex}}
     split |= {"behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
     special = list(vocabulary)[:4]
@@ -61,15 +70,25 @@ def tokenizer_json(vocabulary, merges):
     }
 
 
-def byte_tokenizer():
-    """A tokenizer.json of all bytes and two merges."""
+def byte_tokenizer(name):
+    """A tokenizer.json of all bytes and two merges, like BLOOM's, or like Qwen2's and Llama-3's."""
     tokens = ["<unk>", "<s>", "</s>", "<pad>", *byte_characters().values(), "an", "Ġan"]
     vocabulary = {token: id for id, token in enumerate(tokens)}
-    return tokenizer_json(vocabulary, merges=[["a", "n"], ["Ġ", "an"]])
+    merges = [["a", "n"], ["Ġ", "an"]]
+    if name == "bloom":
+        return tokenizer_json(vocabulary, merges)
+    published = tokenizer_json(vocabulary, merges, r"(?i:'s|'t)|[^\s\p{N}]?\p{L}+|\p{N}{1,3}|\s+(?!\S)")
+    published["model"]["ignore_merges"] = True
+    published["normalizer"] = {"type": "NFC"}
+    single = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    special = {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}
+    template = {"type": "TemplateProcessing", "single": single, "special_tokens": special}
+    steps = [{"type": "ByteLevel"}, template]
+    return published | {"post_processor": {"type": "Sequence", "processors": steps}}
 
 
 def build(folder):
-    """Two checkpoints, one in shards, text in three forms, and a finished and a broken-off run."""
+    """Three checkpoints, one in shards, text in three forms, finished and broken-off runs."""
     text = demo.toy_text(demo.toy_meanings(9, seed=0))
     (folder / "data").mkdir(parents=True)
     for split in ("train", "valid", "test"):
@@ -84,11 +103,13 @@ def build(folder):
         (folder / "data" / f"{split}.qaa-qad.json").write_text(stream)
     torch.manual_seed(0)
     for name, config in CONFIGS.items():
-        if name == "bloom":
+        if name != "baichuan":
             (folder / name).mkdir()
-            (folder / name / "tokenizer.json").write_text(json.dumps(byte_tokenizer()))
+            (folder / name / "tokenizer.json").write_text(json.dumps(byte_tokenizer(name)))
         else:
             demo.train_tokenizer(folder / name, demo.prompts({c: text[c] for c in ("qaa", "qab")}))
+        for file in ("tokenizer_config.json", "special_tokens_map.json"):
+            (folder / name / file).write_text(json.dumps(NAMED[name] | {"pad_token": "<unk>"}))
         size = load_tokenizer(folder / name).vocab_size
         save_model(Decoder(Config.from_json(config | {"vocab_size": size})), folder / name)
     tensors = folder / "bloom" / "model.safetensors"
@@ -155,7 +176,7 @@ def command(folder, words):
 
 
 VALUES = [None, True, 0, -1, 1, 7, 2**31, 2**70, 0.5, -0.0, 1e308, "", "x", "alibi", "\ud800", "\0"]
-VALUES += [[], {}, [[]], [None], {"a": 1}, ["a", "b"], ["Ġ", "a"], "qaa-qab", "../x", "é" * 300]
+VALUES += [r"\p{L}+|(a", "[", "<s>", "a*", [], {}, [[]], [None], {"a": 1}, ["a", "b"], ["Ġ", "a"], "qaa-qab", "../x", "é" * 300]
 
 
 def mutate_structure(value, rng):

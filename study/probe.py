@@ -88,7 +88,7 @@ def short_prompt(tokenizer, pair, source, target):
     """Another prompt than the one of data.py, as an example."""
     first, second = (LANGUAGES[code] for code in split_pair(pair))
     prompt = tokenizer.encode(f"{first}: {source} = {second}:")
-    return prompt, render(tokenizer, pair, source, target)[1]
+    return [*tokenizer.prompt_prefix, *prompt], render(tokenizer, pair, source, target)[1]
 
 
 def agreement(first, second):
