@@ -704,9 +704,10 @@ def special_id(kind, tokenizer, files):
         if value is None:
             continue
         id = tokenizer.ids.get(value) if isinstance(value, str) else value
-        if id not in tokenizer.ids.values():
+        if id in tokenizer.ids.values():
+            return id
+        if kind != "pad":  # padding is masked: some files name a token that there is not
             raise InputError(f"{path}: {key} {value!r} is not in the tokenizer's vocabulary")
-        return id
     return tokenizer.own_ids[kind]
 
 
@@ -791,10 +792,13 @@ def render(tokenizer, pair, source, target=None):
     Prompt and target are tokenized apart and joined, in training as in generation, so that no
     merge crosses the boundary. That is what the joined text gives, where a tokenizer splits there.
     """
-    prompt_ids = [*tokenizer.prompt_prefix, *tokenizer.encode(prompt_text(pair, source))]
+    # A tokenizer of another's making may have neither.
+    prompt_prefix = getattr(tokenizer, "prompt_prefix", [])
+    target_prefix = getattr(tokenizer, "target_prefix", " ")
+    prompt_ids = [*prompt_prefix, *tokenizer.encode(prompt_text(pair, source))]
     if target is None:
         return prompt_ids, []
-    target_ids = tokenizer.encode(f"{tokenizer.target_prefix}{target}")
+    target_ids = tokenizer.encode(f"{target_prefix}{target}")
     return prompt_ids, [*target_ids, tokenizer.eos_id]
 
 

@@ -134,7 +134,6 @@ class Letters:
     """A tokenizer of one id a character."""
 
     eos_id, pad_id = 2, 3
-    prompt_prefix, target_prefix = [], " "
     encode = staticmethod(lambda text: [ord(c) for c in text])
 
 
@@ -847,20 +846,32 @@ def test_output_fits_into_80_columns(world, tmp_path, monkeypatch, capsys):
     assert lander.main(["--translate", "/dev/null", "--tuned", "run", "--pair", "qab-qac"]) == 0
 
 
-def test_a_run_on_baichuan(world, baichuan_tokenizer, tmp_path, monkeypatch):
-    """A step that knows only BLOOM: no gate, no biases, tokenizer.json."""
+@pytest.mark.parametrize(
+    "kind, tokenizer, has_biases",
+    [("rotary", "baichuan", False), ("llama", "llama", True), ("qwen2", "Qwen2", False)],
+)
+def test_a_run_on_other_families(
+    world, tokenizer_folders, tmp_path, monkeypatch, kind, tokenizer, has_biases
+):
+    """A step that knows only BLOOM: no gate, no biases, tokenizer.json, no beginning of a prompt."""
     monkeypatch.chdir(tmp_path)
-    save_model(tiny_decoder("rotary", vocabulary=420), tmp_path / "weights")
-    (tmp_path / "weights" / "tokenizer.model").write_bytes(
-        (baichuan_tokenizer / "tokenizer.model").read_bytes()
-    )
-    assert (
-        lander.main(arguments(world, "--weights", "weights", "--max-tokens", "400", "--steps", "4"))
-        == 0
-    )
-    assert not any("bias" in name for name in load_file("run/tuned.safetensors"))
+    save_model(tiny_decoder(kind, vocabulary=520, layers=4), tmp_path / "weights")
+    files = {"tokenizer_config": {"tokenizer_class": "LlamaTokenizer"}} if kind == "llama" else {}
+    with_files(tokenizer_folders[tokenizer], tmp_path / "weights", **files)
+    words = arguments(world, "--weights", "weights", "--max-tokens", "400", "--steps", "4")
+    assert lander.main([*words, "--no-routing"]) == 0
+    trained = load_file("run/tuned.safetensors")
+    assert any("bias" in name for name in trained) == has_biases
     log = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
     assert log[-1]["valid_loss"]["qaa-qab"] < log[0]["valid_loss"]["qaa-qab"]
+    assert lander.main(["--tuned", "run", "--export", "exported"]) == 0
+    exported, original = load_model("exported"), load_model("weights")
+    for name, parameter in exported.named_parameters():
+        same = torch.equal(parameter, original.get_parameter(name))
+        layer = name.split(".")[1] if name.startswith("blocks") else ""
+        tuned_ffn = any(own.startswith(f"blocks.{layer}.ffn") for own in trained) and ".ffn." in name
+        assert same == (not tuned_ffn or name.endswith("down.bias")), name
+    assert load_tokenizer("exported").prompt_prefix == [1] * (kind == "llama")
 
 
 def test_training_lowers_the_loss_and_routing_can_be_switched_off(world, tmp_path, monkeypatch):
@@ -1227,7 +1238,6 @@ class Bytes:
     """A tokenizer of one id a byte."""
 
     eos_id, pad_id, vocab_size = 0, 1, 128
-    prompt_prefix, target_prefix = [], " "
     encode = staticmethod(lambda text: list(text.encode("ascii", "replace")))
     decode = staticmethod(lambda ids: bytes(ids).decode("latin-1"))
 
@@ -3160,7 +3170,8 @@ NAMED = {"content": "<unk>", "lstrip": False}
         ("bloom", {"special_tokens_map": {"eos_token": "<unk>"}, "tokenizer_config": {"eos_token": "<s>"}}, (1, 1, 3)),
         ("baichuan", {}, (1, 2, 0)),
         ("llama", {"tokenizer_config": {"eos_token": NAMED, "pad_token": "</s>"}}, (1, 0, 2)),
-        ("llama", {"config": {"eos_token_id": 7}}, (1, 7, 0)),
+        ("llama", {"config": {"eos_token_id": 7, "pad_token_id": -1}}, (1, 7, 0)),
+        ("llama", {"special_tokens_map": {"pad_token": "[PAD]"}, "config": {"pad_token_id": 9}}, (1, 2, 9)),
         ("Qwen2", {}, (-1, 0, 0)),
         ("Qwen2", {"tokenizer_config": {"eos_token": "<|im_end|>"}}, (-1, 2, 2)),
         ("Qwen2", {"tokenizer_config": None, "config": {"bos_token_id": 1, "eos_token_id": 2}}, (1, 2, 2)),
@@ -3181,7 +3192,7 @@ def test_special_ids_come_from_the_folders_files(
     "family, files, culprits",
     [
         ("bloom", {"tokenizer_config": {"eos_token": "none"}}, ["tokenizer_config.json: eos_token", "'none'"]),
-        ("llama", {"special_tokens_map": {"pad_token": "[PAD]"}}, ["special_tokens_map.json: pad_token", "[PAD]"]),
+        ("llama", {"special_tokens_map": {"bos_token": "[BOS]"}}, ["special_tokens_map.json: bos_token", "[BOS]"]),
         ("bloom", {"config": {"bos_token_id": 10**6}}, ["config.json: bos_token_id 1000000"]),
         ("llama", {"config": {"eos_token_id": [-1]}}, ["config.json: eos_token_id -1"]),
         ("bloom", {"tokenizer_config": {"eos_token": 7}}, ["tokenizer_config.json: eos_token: 7"]),

@@ -230,7 +230,6 @@ class Words:
     """A tokenizer for random weights: an id for each word, the same in every run. No word ends a line."""
 
     pad_id, eos_id = PAD, EOS
-    prompt_prefix, target_prefix = [], " "
 
     def __init__(self, vocab_size):
         self.vocab_size = vocab_size
