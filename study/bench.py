@@ -27,6 +27,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 import zlib
 from pathlib import Path
 
@@ -55,6 +56,7 @@ from study.shapes import FAMILIES, random_decoder, shape_config
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
+warnings.simplefilter("ignore", FutureWarning)  # of transformers, at peft
 
 PAD, EOS = 3, 2
 
