@@ -542,7 +542,8 @@ def test_routing_follows_the_equation(kind):
         if ffn.gate is None:
             h = functional.gelu(up, approximate="tanh")
         else:
-            gate = factor * (x @ ffn.gate.weight.T)
+            bias = 0 if ffn.gate.bias is None else ffn.gate.bias
+            gate = factor * (x @ ffn.gate.weight.T) + bias
             h = gate * torch.sigmoid(gate) * up
         routed.pair = pair
         assert_close(routed(x), ffn.down(h))
