@@ -1866,7 +1866,7 @@ def test_the_best_rate_is_chosen_on_validation_loss():
     rates = compare.by_method(lines)["full"]
     assert compare.best_rate(rates) == 0.1
     # The others lose 0.25 at the first rate and 1.25 at the second: one is three quarters of the way.
-    assert compare.gain_at_equal_forgetting(rates) == pytest.approx(4.0 + 0.75 * 4.0)
+    assert compare.gain_at_equal_forgetting(rates, 1.0) == pytest.approx(4.0 + 0.75 * 4.0)
 
 
 # --------------------------------------------------------------------------------------------------
