@@ -2,6 +2,7 @@
 
     python study/probe.py --weights W --data D --pair en-de,fr-cs --out DIR    # any option of lander.py
     python study/probe.py --plot DIR                                           # without running
+    python study/probe.py --plot study/results/*                               # and all of compare.py's
 
 Three experiments, each a file in DIR, passed over if it is there:
 
@@ -360,6 +361,8 @@ def show_routing(found):
 
 
 def plot(out):
+    if (out / "results.jsonl").exists():
+        return compare.plot(out)
     print(out)
     if (out / "removal.json").exists():
         show_removal(read_json(out / "removal.json", {}), out / "removal.svg")

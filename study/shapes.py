@@ -35,9 +35,10 @@ def write_shards(model, folder, count):
     """As large checkpoints are published: some files and an index. For BLOOM."""
     files = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
     shards, weight_map = {file: {} for file in files}, {}
+    total = len(list(model.parameters()))
     for i, (parameter, value) in enumerate(model.named_parameters()):
         (name,) = published_names(model.config.family, parameter)
-        file = files[i % count]
+        file = files[i * count // total]
         shards[file][name], weight_map[name] = value, file
     folder.mkdir(parents=True)
     for file, tensors in shards.items():
