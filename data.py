@@ -677,10 +677,9 @@ def load_tokenizer(folder):
     config = files.get(settings, {})
     adds_bos = config.get("add_bos_token")
     check_shape(adds_bos, (None, bool), f"{settings}: add_bos_token")
-    if adds_bos is None and path.name == "tokenizer.model":
-        adds_bos = config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast")
-    elif adds_bos is None:
-        adds_bos = bool(tokenizer.in_front)
+    if adds_bos is None:
+        llama = config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast")
+        adds_bos = llama if path.name == "tokenizer.model" else bool(tokenizer.in_front)
     if adds_bos and tokenizer.bos_id < 0:
         raise InputError(f"{path}: no beginning-of-sentence token, which {settings.name} asks for")
     tokenizer.prompt_prefix = [tokenizer.bos_id] if adds_bos else []

@@ -220,6 +220,13 @@ def read_baichuan(published):
     )
 
 
+ROTARY_SCALINGS = {  # what each kind needs
+    "default": [],
+    "linear": ["factor"],
+    "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"],
+}
+
+
 def read_rotary(published):
     """Base and scaling of rotary positions, in either spelling. -> fields of Config"""
     # rope_parameters: of files saved since transformers 5.
@@ -228,10 +235,9 @@ def read_rotary(published):
         raise InputError(f"rope_scaling is {scaling!r}, expected an object")
     base = scaling.get("rope_theta", published.get("rope_theta", 10000.0))
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    needed = {"default": [], "linear": ["factor"], "llama3": list(LLAMA3_SCALING)}
-    if kind not in needed:
-        raise InputError(f"rope_scaling of type {kind!r}, expected {', '.join(needed)}")
-    for name in needed[kind]:
+    if kind not in ROTARY_SCALINGS:
+        raise InputError(f"rope_scaling of type {kind!r}, expected {', '.join(ROTARY_SCALINGS)}")
+    for name in ROTARY_SCALINGS[kind]:
         if not isinstance(scaling[name], (int, float)) or scaling[name] <= 0:
             raise InputError(f"rope_scaling: {name} is {scaling[name]!r}, expected a number")
     if not isinstance(base, (int, float)) or base <= 1:
@@ -240,11 +246,6 @@ def read_rotary(published):
         raise InputError("rope_scaling: low_freq_factor is not below high_freq_factor")
     scaling = None if kind == "default" else scaling | {"rope_type": kind}
     return dict(rotary_base=float(base), rotary_scaling=scaling)
-
-
-LLAMA3_SCALING = (
-    "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
-)  # fmt: skip
 
 
 def read_llama(published):
@@ -306,6 +307,13 @@ LLAMA_NAMES = {
 }
 INVERSE_FREQUENCIES = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"  # recomputed, in fp32
 
+LLAMA = Family(
+    read=read_llama,
+    names=LLAMA_NAMES,
+    drops=rf"{INVERSE_FREQUENCIES}|lm_head\.weight",  # a file may repeat a tied head
+    refuses=(),
+)
+
 FAMILIES = {
     "bloom": Family(
         read=read_bloom,
@@ -331,10 +339,10 @@ FAMILIES = {
         | {"blocks.{}.attention.query_key_value": "model.layers.{}.self_attn.W_pack"},
         drops=INVERSE_FREQUENCIES,
     ),
+    "llama": LLAMA,
+    "mistral": LLAMA._replace(read=read_mistral),
+    "qwen2": LLAMA._replace(read=read_qwen2),
 }
-for name, read in {"llama": read_llama, "mistral": read_mistral, "qwen2": read_qwen2}.items():
-    drops = rf"{INVERSE_FREQUENCIES}|lm_head\.weight"  # a file may repeat a tied head
-    FAMILIES[name] = Family(read=read, names=LLAMA_NAMES, drops=drops, refuses=())
 
 
 def published_names(family, parameter):

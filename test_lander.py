@@ -36,7 +36,7 @@ import lander
 import model
 from data import InputError, list_pairs, load_tokenizer, make_batches, read_parallel, render
 from model import Config, Decoder, load_model, save_model
-from study import compare, demo, fuzz, methods, picture, plan, probe
+from study import compare, demo, fuzz, methods, picture, plan, probe, shapes
 
 SHARED = Path(__file__).resolve().parent.parent / "shared"
 
@@ -2060,20 +2060,10 @@ def write_bloom(
     )
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(published))
-    write_shards(folder, tensors, shards)
-
-
-def write_shards(folder, tensors, shards):
     if shards == 1:
-        return save_file(tensors, folder / "model.safetensors")
-    weight_map = {}
-    for i, names in enumerate(list(tensors)[k::shards] for k in range(shards)):
-        file = f"model_{i + 1:05}-of-{shards:05}.safetensors"
-        save_file({name: tensors[name] for name in names}, folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": weight_map})
-    )
+        save_file(tensors, folder / "model.safetensors")
+    else:
+        shapes.write_shards(tensors, folder, shards)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import write_json
+from model import published_names
 from study.shapes import random_decoder, shape_config, write_shards
 
 SHARDS = 2
@@ -34,8 +36,15 @@ def main():
     args, rest = parser.parse_known_args()
     weights = args.folder / "weights"
     if not weights.exists():
+        weights.mkdir(parents=True)
         torch.manual_seed(0)
-        write_shards(random_decoder(shape_config(args.shape), torch.bfloat16), weights, SHARDS)
+        model = random_decoder(shape_config(args.shape), torch.bfloat16)
+        tensors = {}
+        for parameter, value in model.named_parameters():
+            (name,) = published_names("bloom", parameter)
+            tensors[name] = value
+        write_shards(tensors, weights, SHARDS)
+        write_json(weights / "config.json", model.config.published)
         shutil.copyfile(args.tokenizer, weights / "tokenizer.json")
     run = args.folder / f"run-{time.time():.0f}"
     command = [sys.executable, args.lander, "--weights", weights, "--out", run, *rest]

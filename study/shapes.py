@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import write_json
-from model import Config, Decoder, published_names
+from model import Config, Decoder
 
 FAMILIES = "bloom", "llama"
 
@@ -31,17 +31,13 @@ def random_decoder(config, dtype):
     return model
 
 
-def write_shards(model, folder, count):
-    """As large checkpoints are published: some files and an index. For BLOOM."""
-    files = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-    shards, weight_map = {file: {} for file in files}, {}
-    total = len(list(model.parameters()))
-    for i, (parameter, value) in enumerate(model.named_parameters()):
-        (name,) = published_names(model.config.family, parameter)
-        file = files[i * count // total]
-        shards[file][name], weight_map[name] = value, file
-    folder.mkdir(parents=True)
-    for file, tensors in shards.items():
-        save_file(tensors, folder / file)
-    write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
-    write_json(folder / "config.json", model.config.published)
+def write_shards(tensors, folder, count):
+    """As large checkpoints are published: some files and an index. tensors: published name -> tensor"""
+    names, weight_map = list(tensors), {}
+    for i in range(count):
+        own = names[i * len(names) // count : (i + 1) * len(names) // count]
+        file = f"model_{i + 1:05}-of-{count:05}.safetensors"
+        save_file({name: tensors[name] for name in own}, folder / file)
+        weight_map |= dict.fromkeys(own, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    write_json(folder / "model.safetensors.index.json", index)

@@ -38,11 +38,12 @@ def memory(device):
 
 def measure(case, args):
     """Print one row: seconds, tokens a second, memory, and the rate of the operations that are needed."""
-    hidden, layers, _, vocabulary = map(int, args.shape.split(","))
+    config = shape_config(args.shape)
+    hidden, layers, vocabulary = config.hidden_size, config.layers, config.vocab_size
     before = memory(args.device)
     torch.manual_seed(0)
     with torch.device(args.device):
-        model = random_decoder(shape_config(args.shape), getattr(torch, args.dtype))
+        model = random_decoder(config, getattr(torch, args.dtype))
     weights = sum(p.nbytes for p in model.parameters())
 
     selected = [layers * (i + 1) // (args.layers + 1) for i in range(args.layers)]
@@ -50,7 +51,7 @@ def measure(case, args):
         parameters = dict(model.named_parameters())
     else:
         pairs = [f"pair{i}" for i in range(args.pairs)]
-        awareness = torch.rand(args.pairs, args.layers, 4 * hidden)
+        awareness = torch.rand(args.pairs, args.layers, config.ffn_size)
         owner = lander.categorize(awareness, lander.Settings().epsilon)
         groups = lander.describe_groups(awareness, owner, pairs, {pairs[0]: selected})
         lander.install_routing(model, groups)
