@@ -13,6 +13,7 @@ import codecs
 import fcntl
 import hashlib
 import json
+import math
 import mmap
 import os
 import socket
@@ -988,15 +989,17 @@ def make_batch(examples, pad_id):
     return Batch(ids, mask, targets)
 
 
-def group_by_length(lengths, tokens_per_batch):
-    """Which rows make up which batch: B * T stays within tokens_per_batch where B > 1.
+def group_by_length(lengths, tokens_per_batch, rows_per_batch=math.inf):
+    """Which rows make up which batch: B <= rows_per_batch, and B * T <= tokens_per_batch where B > 1.
 
     Like lengths together, so that little is padding; the longest first, so that memory that does
     not suffice shows at once. lengths: tokens of each row. -> lists of indices
     """
     groups = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not groups or lengths[groups[-1][0]] * (len(groups[-1]) + 1) > tokens_per_batch:
+        if groups:
+            longest, rows = lengths[groups[-1][0]], len(groups[-1]) + 1
+        if not groups or rows > rows_per_batch or rows * longest > tokens_per_batch:
             groups.append([])
         groups[-1].append(i)
     return groups

@@ -535,6 +535,7 @@ def validation_loss(model, tokenizer, examples, settings):
 
 
 LEAST_NEW_TOKENS = 64
+ROWS_AT_ONCE = 512  # of more, padding costs more than it saves to read the weights less often
 
 
 def translate_lines(model, tokenizer, pair, sources, settings, label):
@@ -564,7 +565,7 @@ def translate_lines(model, tokenizer, pair, sources, settings, label):
     limits = [max(3 * len(prompt), LEAST_NEW_TOKENS) for prompt in prompts]
     lengths = [len(prompt) + limit for prompt, limit in zip(prompts, limits)]
     room = settings.cache_gb * 1e9 / (model.cache_bytes() * settings.beams)  # tokens
-    for group in group_by_length(lengths, room):
+    for group in group_by_length(lengths, room, ROWS_AT_ONCE // settings.beams):
         batch = make_batch([(prompts[i], []) for i in group], tokenizer.pad_id)
         ids, mask, _ = to_device(batch, model)
         options = settings.beams, tokenizer.vocab_size, ends

@@ -801,7 +801,7 @@ class Cache:
             self.mask = self.mask[sources]
 
 
-PROMPTS_AT_ONCE = 16
+PROMPTS_AT_ONCE = 32
 
 
 def read_prompts(model, head, ids, mask, max_new_tokens, beams):

@@ -1244,7 +1244,7 @@ class Bytes:
 
 
 @pytest.mark.parametrize("beams", [1, 2])
-def test_translations_do_not_depend_on_their_neighbours(beams):
+def test_translations_do_not_depend_on_their_neighbours(beams, monkeypatch):
     """Cut at a training limit, or at the longest neighbour's; other tokens with other passes; loops not counted."""
     decoder = tiny_decoder("bloom", vocabulary=128)
     sources = ["a", "", "a longer one, longer than the others", "two words", " ", "b" * 40]
@@ -1254,6 +1254,8 @@ def test_translations_do_not_depend_on_their_neighbours(beams):
         for max_tokens in (8, 256):
             options = dict(cache_gb=cache_gb, max_tokens=max_tokens, beams=beams)
             assert translations(decoder, sources, **options) == (expected, cut)
+    monkeypatch.setattr(lander, "ROWS_AT_ONCE", 3)
+    assert translations(decoder, sources, beams=beams) == (expected, cut)
     alone = [translations(decoder, [source], beams=beams) for source in sources]
     assert [lines[0] for lines, _ in alone] == expected and sum(cut for _, cut in alone) == cut
 
@@ -3494,6 +3496,8 @@ def test_a_plan_counts_what_happens(case):
 def test_worked_examples():
     assert model.first_of({"n_embed": 8, "hidden_size": 4}, "n_embed", "hidden_size") == 8
     assert model.published_names("bloom", "blocks.3.ffn.up.bias") == ["h.3.mlp.dense_h_to_4h.bias"]
+    assert data.group_by_length([5, 9, 1, 7], 100, rows_per_batch=3) == [[1, 3, 0], [2]]
+    assert data.group_by_length([5, 9, 1, 7], 18) == [[1, 3], [0, 2]]
     assert lander.union({"en-de": [1, 7], "fr-cs": [1, 2]}) == [1, 2, 7]
     assert model.survivors(torch.tensor([True, False, True, True])).tolist() == [0, 3, 2]
     assert data.characters_of("Zl") == "\\U00002028-\\U00002028"

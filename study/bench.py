@@ -258,8 +258,6 @@ BATCH_SIZES = 16, 32, 64, 128, 256, 512
 
 def evaluate(model, reference, tokenizer, sources, args):
     settings, lines = lander.Settings(), {}
-    prompts = [render(tokenizer, args.pair, source)[0] for source in sources]
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     criteria = transformers.StoppingCriteriaList([LineEnd(tokenizer, args.device)])
 
     def ours():
@@ -268,7 +266,8 @@ def evaluate(model, reference, tokenizer, sources, args):
         lines["ours"] = {number: line for number, line, _ in found}
 
     def theirs(size):
-        found = {}
+        prompts, found = [render(tokenizer, args.pair, source)[0] for source in sources], {}
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         for first in range(0, len(order), size):
             group = order[first : first + size]
             longest = len(prompts[group[0]])

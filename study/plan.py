@@ -164,22 +164,24 @@ def plan(case, config, args):
     return peak, counter.get_total_flops()
 
 
-def resident():
-    """The peak of this program's memory on Linux; ru_maxrss would be the parent's where that is more."""
-    (line,) = [line for line in read_lines(Path("/proc/self/status")) if line.startswith("VmHWM")]
+def resident(what):
+    """This program's memory on Linux: VmRSS now, VmHWM its peak. ru_maxrss may be the parent's."""
+    (line,) = [line for line in read_lines(Path("/proc/self/status")) if line.startswith(what)]
     return int(line.split()[1]) * 1024
 
 
 def measure(case, config, args):
     """The same with values, on the CPU. -> growth of the resident set, operations"""
-    small = replace(config, hidden_size=64, ffn_size=256, vocab_size=100)
-    few = Namespace(**vars(args) | {"cache_gb": 0.001, "micro_tokens": SENTENCE})
-    CASES[case](small, few, groups_of(small, few))()  # loads libraries and takes their buffers
-    groups, before = groups_of(config, args), resident()
+    small = replace(config, layers=2)
+    same_rows = args.cache_gb * small.layers / config.layers
+    few = Namespace(**vars(args) | {"layers": 1, "cache_gb": same_rows})
+    # Loads libraries; those of matrix products keep buffers, which are as large as the matrices.
+    CASES[case](small, few, groups_of(small, few))()
+    groups, before = groups_of(config, args), resident("VmRSS")
     run = CASES[case](config, args, groups)
     run()
     run()
-    peak = resident() - before
+    peak = resident("VmHWM") - before
     with FlopCounterMode(display=False) as counter:
         run()
     return peak, counter.get_total_flops()
