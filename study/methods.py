@@ -450,10 +450,10 @@ def channels_of_layers(model, context):
     return attention_channels(model, context, layers, learning_channels(context, layers))
 
 
-def both(model, context):
+def both(model, context, epsilon=None):
     """Channels of attention in all layers, and the method as it stands in the FFN's."""
-    attention = channels(model, context)
-    ffn = landermt(model, context)
+    attention = channels(model, context, epsilon)
+    ffn = landermt(model, context, epsilon=epsilon)
     return {pair: attention[pair] | ffn[pair] for pair in context.tuned}
 
 
@@ -523,6 +523,7 @@ IN_ATTENTION = {
     "channels-of-layers": channels_of_layers,
     "attention-of-layers": attention_of_layers,
     "both": both,
+    "both-half": partial(both, epsilon=0.5),
     "both-of-layers": both_of_layers,
     "both-of-layers-random": both_of_layers_random,
     "blocks-of-layers": blocks_of_layers,
