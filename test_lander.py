@@ -1775,13 +1775,14 @@ def test_lora_equals_pefts():
     assert ours.lora_a.abs().max() <= 12**-0.5
 
 
-def test_decay_draws_to_the_start():
+@pytest.mark.parametrize("method", ["attention", "both"])
+def test_decay_draws_to_the_start(method):
     """L2 to zero under another name: the start itself must not decay, and the function must be the same."""
     decoder = tiny_decoder("bloom", layers=4)
     ids, mask = padded_ids(90, "right")
-    expected = decoder(ids, mask)
-    learners = methods.all_attention(decoder, small_context(decoder))
+    learners = methods.METHODS[method](decoder, small_context(decoder))
     start = {name: p.detach().clone() for name, p in learners["en-de"].items()}
+    expected = decoder(ids, mask)
     learners = methods.draw_to_start(decoder, learners)
     assert torch.equal(decoder(ids, mask)[mask], expected[mask])
     changes = learners["en-de"]
