@@ -417,8 +417,9 @@ def draw_front(lines, path):
     dot a seed."""
     plt = pyplot()
     cells = by_method(lines)
-    cheap = [name for name in cells if re.search("[@+]", name)]
-    rows = GROUPS | {"cheap rivals of any method": cheap}
+    rows = dict(GROUPS)
+    for sign, title in {"+": "decay to the start, replay", "@": "interpolation"}.items():
+        rows[title] = [name for name in cells if sign in name]
     rows = {title: group for title, group in rows.items() if cells.keys() & group}
     size = 11, 3.4 * len(rows)
     figure, panels = plt.subplots(
