@@ -266,8 +266,9 @@ def evaluate(model, reference, tokenizer, sources, args):
         lines["ours"] = {number: line for number, line, _ in found}
 
     def theirs(size):
-        prompts, found = [render(tokenizer, args.pair, source)[0] for source in sources], {}
+        prompts = [render(tokenizer, args.pair, source)[0] for source in sources]
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        found = {}
         for first in range(0, len(order), size):
             group = order[first : first + size]
             longest = len(prompts[group[0]])

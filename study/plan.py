@@ -173,8 +173,8 @@ def resident(what):
 def measure(case, config, args):
     """The same with values, on the CPU. -> growth of the resident set, operations"""
     small = replace(config, layers=2)
-    same_rows = args.cache_gb * small.layers / config.layers
-    few = Namespace(**vars(args) | {"layers": 1, "cache_gb": same_rows})
+    cache_gb = args.cache_gb * small.layers / config.layers  # for as many rows
+    few = Namespace(**vars(args) | {"layers": 1, "cache_gb": cache_gb})
     # Loads libraries; those of matrix products keep buffers, which are as large as the matrices.
     CASES[case](small, few, groups_of(small, few))()
     groups, before = groups_of(config, args), resident("VmRSS")
