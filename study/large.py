@@ -25,6 +25,20 @@ from study.shapes import random_decoder, shape_config, write_shards
 SHARDS = 2
 
 
+def write_weights(shape, tokenizer, folder):
+    """A published checkpoint of random weights, in shards. They do not stay in memory."""
+    folder.mkdir(parents=True)
+    torch.manual_seed(0)
+    model = random_decoder(shape_config(shape), torch.bfloat16)
+    tensors = {}
+    for parameter, value in model.named_parameters():
+        (name,) = published_names("bloom", parameter)
+        tensors[name] = value
+    write_shards(tensors, folder, SHARDS)
+    write_json(folder / "config.json", model.config.published)
+    shutil.copyfile(tokenizer, folder / "tokenizer.json")
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -36,16 +50,7 @@ def main():
     args, rest = parser.parse_known_args()
     weights = args.folder / "weights"
     if not weights.exists():
-        weights.mkdir(parents=True)
-        torch.manual_seed(0)
-        model = random_decoder(shape_config(args.shape), torch.bfloat16)
-        tensors = {}
-        for parameter, value in model.named_parameters():
-            (name,) = published_names("bloom", parameter)
-            tensors[name] = value
-        write_shards(tensors, weights, SHARDS)
-        write_json(weights / "config.json", model.config.published)
-        shutil.copyfile(args.tokenizer, weights / "tokenizer.json")
+        write_weights(args.shape, args.tokenizer, weights)
     run = args.folder / f"run-{time.time():.0f}"
     command = [sys.executable, args.lander, "--weights", weights, "--out", run, *rest]
     start = time.monotonic()
