@@ -1068,8 +1068,10 @@ def load_model(folder, device="cpu", dtype=None):
 
     def read(name):
         path, stored_name, shape, _ = found[name]
-        # An open file keeps in memory every page read through it: a large tensor opens it anew.
-        if path not in files or math.prod(shape) > 2**20:
+        # An open file keeps in memory every page read through it: a large tensor opens its own.
+        if math.prod(shape) > 2**20:
+            return open_safetensors(path).get_tensor(stored_name)
+        if path not in files:
             files[path] = open_safetensors(path)
         return files[path].get_tensor(stored_name)
 
