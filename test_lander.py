@@ -1804,7 +1804,7 @@ def test_a_grid(world, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = [word for word in arguments(world, "--steps", "3", "--eval-pairs", "qaa-qab,qab-qaa")]
     words += ["--out", "grid", "--rates", "0.01", "--methods"]
-    names = "lora-all,lora-all@0,lora-all@1,lander:7+replay,attention+l2,zero-shot,k=1,k=2"
+    names = "lora-all,lora-all@0,lora-all@1,lander:7+replay,attention+l2,attention+l2=90,zero-shot,k=1,k=2"
     assert compare.main([*words, names]) == 0, capsys.readouterr().err
     cells = {line["method"]: line for line in compare.read_results(Path("grid"))}
     assert list(cells) == names.split(",")
@@ -1819,6 +1819,7 @@ def test_a_grid(world, tmp_path, monkeypatch, capsys):
     ]
     assert text[0] == text[1]
     assert cells["zero-shot"]["after"] == cells["zero-shot"]["before"]
+    assert cells["attention+l2=90"]["valid_loss"] != cells["attention+l2"]["valid_loss"]
     first = cells["lander:7+replay"]
     assert first["pairs"] == ["qaa-qab"] and first["trained"] > 0
     assert set(first["after"]) == {"qaa-qab", "qab-qaa"}

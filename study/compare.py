@@ -11,7 +11,7 @@ methods.py has the methods, zero-shot and 5-shot train nothing. Behind a name ma
 
     :300        only that many training sentences, in as many steps
     +replay     batches of the other pairs' scoring text come between the tuned ones', steps of their own
-    +l2         weights decay to where they started instead of to zero
+    +l2         weights decay to where they started instead of to zero, by 10; +l2=3 by 3
     @0.5        no training: that part of the way from the start to the end of the cell without it
 
 With several pairs in --pair, --tune says how: together, each alone (a cell for each), or in-turn, one
@@ -80,25 +80,38 @@ class Cell(NamedTuple):
         return out / "cells" / f"{self.method} {self.rate:g} {self.seed} {','.join(self.pairs)}"
 
 
-def parse_method(name):
-    """ "lora-all:300+replay@0.5" -> ("lora-all", 300, {"replay"}, 0.5); None for what is not there.
+class Recipe(NamedTuple):
+    """What the name of a method says."""
+
+    name: str
+    size: int | None  # training sentences
+    replay: bool
+    l2: float | None  # AdamW's decay to the start
+    part: float | None  # of the way from the start to the end
+
+
+def parse_method(text):
+    """ "lora-all:300+replay@0.5" -> Recipe("lora-all", 300, True, None, 0.5)
 
     InputError for what is no method.
     """
-    match = re.fullmatch(r"([^:+@]+)(?::(\d+))?((?:\+(?:replay|l2))*)(?:@(\d*\.?\d+))?", name)
+    form = r"([^:+@]+)(?::(\d+))?(\+replay)?(\+l2(?:=(\d+))?)?(?:@(\d*\.?\d+))?"
+    match = re.fullmatch(form, text)
     if not match or not (match[1] in METHODS or match[1] in SHOTS):
         known = ", ".join([*SHOTS, *METHODS])
-        raise InputError(f"method {name!r}: expected {known}, with :N, +replay, +l2, @PART")
-    if match[4] and "l2" in match[3]:
-        raise InputError(f"method {name!r}: +l2 is trained in another form, and has no @PART")
-    size, part = match[2] and int(match[2]), match[4] and float(match[4])
-    return match[1], size, set(match[3].split("+")[1:]), part
+        raise InputError(f"method {text!r}: expected {known}, with :N, +replay, +l2, @PART")
+    name, size, replay, l2, decay, part = match.groups()
+    if part and l2:
+        raise InputError(f"method {text!r}: +l2 is trained in another form, and has no @PART")
+    l2 = float(decay or L2_DECAY) if l2 else None
+    return Recipe(name, size and int(size), bool(replay), l2, part and float(part))
 
 
 def run_cell(context, out, cell, in_turn=False):
     """Train and evaluate one method. -> its line of results.jsonl"""
     began = time.monotonic()
-    name, size, extras, part = parse_method(cell.method)
+    recipe = parse_method(cell.method)
+    name, part = recipe.name, recipe.part
     settings = context.settings
     if name not in SHOTS:
         settings = replace(settings, lr=cell.rate, seed=cell.seed)
@@ -119,10 +132,10 @@ def run_cell(context, out, cell, in_turn=False):
     elif in_turn:
         line["stages"] = {}
         for pair in cell.pairs:
-            train(model, context, learners, [pair], size, extras, folder / pair)
+            train(model, context, learners, [pair], recipe, folder / pair)
             line["stages"][pair] = evaluate(model, context, folder / pair)
     elif learners:
-        train(model, context, learners, context.tuned, size, extras, folder)
+        train(model, context, learners, context.tuned, recipe, folder)
     valid = {pair: context.inputs.valid[pair] for pair in cell.pairs}
     line["valid_loss"] = lander.validation_loss(model, context.tokenizer, valid, settings)
     line["before"] = read_json(out / "before.json", {})
@@ -131,16 +144,17 @@ def run_cell(context, out, cell, in_turn=False):
     return line
 
 
-def train(model, context, learners, pairs, size, extras, folder):
-    """lander.py's training, on `size` sentences of each pair, with what `extras` name."""
+def train(model, context, learners, pairs, recipe, folder):
+    """lander.py's training of some of the pairs, as the recipe says."""
     settings = context.settings
     learners = {pair: learners[pair] for pair in pairs}
     examples = {pair: context.inputs.train[pair] for pair in pairs}
     settings = replace(settings, steps=lander.count_steps(examples, settings))
-    if size:
+    if recipe.size:
         for pair, own in examples.items():
-            examples[pair] = random.Random(settings.seed).sample(own, min(size, len(own)))
-    if "replay" in extras:
+            size = min(recipe.size, len(own))
+            examples[pair] = random.Random(settings.seed).sample(own, size)
+    if recipe.replay:
         everything = lander.merged(learners)
         for pair, own in context.inputs.scoring.items():
             if pair not in examples:
@@ -148,8 +162,8 @@ def train(model, context, learners, pairs, size, extras, folder):
                 more = math.ceil(len(own) / settings.batch)
                 settings = replace(settings, steps=settings.steps + more)
     decay = lander.WEIGHT_DECAY
-    if "l2" in extras:
-        learners, decay = draw_to_start(model, learners), L2_DECAY
+    if recipe.l2:
+        learners, decay = draw_to_start(model, learners), recipe.l2
     lander.train(model, context.tokenizer, learners, examples, {}, settings, folder, decay)
     (folder / "state.safetensors").unlink()
 
