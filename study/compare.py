@@ -162,7 +162,7 @@ def train(model, context, learners, pairs, recipe, folder):
                 more = math.ceil(len(own) / settings.batch)
                 settings = replace(settings, steps=settings.steps + more)
     decay = lander.WEIGHT_DECAY
-    if recipe.l2:
+    if recipe.l2 is not None:
         learners, decay = draw_to_start(model, learners), recipe.l2
     lander.train(model, context.tokenizer, learners, examples, {}, settings, folder, decay)
     (folder / "state.safetensors").unlink()
