@@ -345,11 +345,11 @@ def ids_in_front(path, post_processor):
     ids = []
     for step in steps_of(post_processor, "processors"):
         if step["type"] != "ByteLevel":  # which trims offsets
-            *before, text = step["single"]
-            for token in before:
-                ids += step["special_tokens"][token["SpecialToken"]["id"]]["ids"]
-            if "Sequence" not in text or len(ids) > 1:
-                single = step["single"]
+            single = step["single"]
+            names = [one["SpecialToken"]["id"] for one in single[:-1] if "SpecialToken" in one]
+            for name in names:
+                ids += step["special_tokens"][name]["ids"]
+            if len(names) < len(single) - 1 or "Sequence" not in single[-1] or len(ids) > 1:
                 raise InputError(f"{path}: post_processor {single} adds more than a token in front")
     return ids
 
@@ -384,11 +384,9 @@ class BPETokenizer:
                     (normalized if token.get("normalized") else literal).append(token["content"])
             self.ids = self.vocabulary | self.added
             self.tokens = {id: token for token, id in self.ids.items()}
-            self.vocab_size = max(self.tokens, default=0) + 1
-            if not 0 <= min(self.tokens, default=0) < self.vocab_size <= self.largest_id:
-                raise InputError(
-                    f"{path}: ids up to {self.vocab_size - 1}, expected 0 to {self.largest_id}"
-                )
+            smallest, self.vocab_size = min(self.tokens), max(self.tokens) + 1
+            if not 0 <= smallest < self.vocab_size <= self.largest_id:
+                raise InputError(f"{path}: ids from {smallest} to {self.vocab_size - 1}")
         for merge in self.ranks:
             if len(merge) != 2 or not {*merge, "".join(merge)} <= self.vocabulary.keys():
                 raise InputError(f"{path}: merge {merge} is not of two tokens that make a third")
