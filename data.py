@@ -68,6 +68,28 @@ def exit_status(command, *arguments):
         return 2
 
 
+# What reading a damaged file ends in: RecursionError is a RuntimeError, KeyError a LookupError, and
+# what JSON and UTF-8 raise are ValueErrors. torch.OutOfMemoryError is none of the file's.
+DAMAGE = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
+DAMAGE += (RuntimeError, struct.error, SafetensorError)
+
+
+@contextmanager
+def reading(path):
+    """Whatever goes wrong while a file is read is the file's fault: one InputError that names it.
+
+    The body holds the reading alone, or a mistake of ours would be called a damaged file.
+    """
+    try:
+        yield
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except DAMAGE as error:
+        raise InputError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
+
+
 def read_bytes(path):
     try:
         return path.read_bytes()
