@@ -97,7 +97,7 @@ def read_bytes(path):
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def read_json(path, shape):
+def read_json(path, shape={}):
     """The JSON in a file, checked against a shape (see check_shape). InputError where it differs."""
     return parse_json(read_bytes(path), shape, path)
 
