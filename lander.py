@@ -1253,13 +1253,16 @@ def tune(settings, folder):
     say(f"{settings.weights}: {config.family}, {config.layers} layers, {size:,} parameters")
     say(f"{dtype} on {device}")
 
-    say_heading("1. Layers: which change a prompt's representation most?")
+    print("\n1. Layers: which change a prompt's representation most?", flush=True)
     path = folder / "layers.json"
     selected = analyse_layers(model, tokenizer, inputs.scoring, tuned, settings, path)
     for pair in tuned:
         say(f"   {pair}: {', '.join(map(str, selected[pair]))} of 0 to {config.layers - 1}")
 
-    say_heading(f"2. Neurons: which does one of {len(inputs.scoring)} pairs need more than the others?")
+    print(
+        f"\n2. Neurons: which does one of {len(inputs.scoring)} pairs need more than the others?",
+        flush=True,
+    )
     groups = group_neurons(model, tokenizer, inputs.scoring, selected, settings, folder)
     counts = dict.fromkeys(inputs.scoring, 0)
     for group in groups.values():
@@ -1269,7 +1272,7 @@ def tune(settings, folder):
     owned = ", ".join(f"{counts[pair]} of {pair}" for pair in tuned)
     say(f"   {len(groups) * config.ffn_size - specific} general, {specific} specific: {owned}")
 
-    say_heading(f"3. Translating the test text of {len(inputs.test)} pairs, before tuning")
+    print(f"\n3. Translating the test text of {len(inputs.test)} pairs, before tuning", flush=True)
     for pair, text in inputs.test.items():
         for side, name in enumerate(("source", "reference")):
             lines = [sentences[side] for sentences in text]
@@ -1281,7 +1284,7 @@ def tune(settings, folder):
     trained = sum(p.numel() for p in merged(learners).values())
     size = sum(p.numel() for p in model.parameters())
     routers = "" if settings.no_routing else " and routers"
-    say_heading(f"4. Training the general neurons and the pair's own{routers}")
+    print(f"\n4. Training the general neurons and the pair's own{routers}", flush=True)
     say(f"   {trained:,} of {size:,} parameters, {trained / size:.2%}")
     tuned_path = folder / "tuned.safetensors"
     if tuned_path.exists():
@@ -1292,14 +1295,14 @@ def tune(settings, folder):
         (folder / "state.safetensors").unlink(missing_ok=True)
     show_training(folder / "log.jsonl", settings.max_tokens)
 
-    say_heading("5. Translating again")
+    print("\n5. Translating again", flush=True)
     results = evaluate_all(model, tokenizer, inputs.test, "after", settings, folder)
     with reading(folder / "results.json"):
         show_table(results, tuned)
     for name, path in paths.items():
         if fingerprint(path) != record["files"][name]:
             note(f"{path} changed while the run used it: what was found is of neither version")
-    say_heading(f"It took {time.monotonic() - started:.0f} s; everything is in {folder}")
+    print(f"\nIt took {time.monotonic() - started:.0f} s; everything is in {folder}", flush=True)
     return results
 
 
