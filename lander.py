@@ -821,13 +821,13 @@ def grow(path, keys, make):
     return entries
 
 
-PLACES = "weights", "data", "out"  # may differ on resuming: fingerprints know what lies there
+PLACES = "weights", "data"  # may differ on resuming: fingerprints know what lies there
 
 
 def recorded(settings, paths):
     """What args.json holds: what a result depends on. paths: name -> path of all that is read"""
     record = asdict(settings) | {"torch": torch.__version__}
-    for name in ("resume", "translate", "tuned", "export"):
+    for name in ("out", "resume", "translate", "tuned", "export"):
         del record[name]
     for name in PLACES:  # a path that is no UTF-8 is recorded as well as can be
         record[name] = os.path.abspath(record[name]).encode("utf-8", "replace").decode()
