@@ -144,6 +144,16 @@ def message(error):
     return text
 
 
+def refused(call, *culprits):
+    """The message of the InputError that a call must end in: one line, with all culprits in it."""
+    with pytest.raises(InputError) as error:
+        call()
+    text = message(error)
+    for culprit in culprits:
+        assert culprit in text
+    return text
+
+
 # --------------------------------------------------------------------------------------------------
 # The method in one column
 
