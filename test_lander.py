@@ -2849,23 +2849,13 @@ def test_wrong_special_tokens_are_refused_by_name(
 def test_a_prompt_begins_with_bos_where_the_files_ask(
     tokenizer_folders, tmp_path, family, config, begins
 ):
-    """A model that never saw a text without it; one in every example of a prompt with examples."""
+    """A model that never saw a text without it."""
     ours = load_tokenizer(with_files(tokenizer_folders[family], tmp_path, tokenizer_config=config))
-    few = compare.FewShot(ours, "en-de", [("a house", "ein Haus"), ("a dog", "ein Hund")])
     text = data.prompt_text("en-de", "the house")
-    examples = [
-        f"{data.prompt_text('en-de', 'a house')} ein Haus\n\n",
-        f"{data.prompt_text('en-de', 'a dog')} ein Hund\n\n",
-    ]
     assert not {ours.bos_id} & {*ours.encode(text)}
     front = [ours.bos_id] * begins
     prompt, target = render(ours, "en-de", "the house", "das Haus")
     assert prompt == [*front, *ours.encode(text)] and ours.bos_id not in target
-    assert render(few, "en-de", "the house")[0] == [*front, *ours.encode("".join(examples) + text)]
-    short, _ = probe.short_prompt(ours, "en-de", "the house", "das Haus")
-    assert short == [*front, *ours.encode("English: the house = German:")]
-    ids, kinds = probe.kinds_of_tokens(ours, "en-de", "the house", "das Haus")
-    assert kinds[: len(front)] == ["prompt"] * begins and ids[: len(front)] == front
 
 
 def test_sentencepiece_follows_the_files_flags(baichuan_tokenizer):
