@@ -75,7 +75,7 @@ import sys
 import textwrap
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -739,7 +739,9 @@ class Parser(argparse.ArgumentParser):
 def parse_arguments(argv):
     """Command-line words -> {name: value} of the settings that were given."""
     about = __doc__.split("\n\n")[0]
-    parser = Parser("lander.py", description=about, argument_default=argparse.SUPPRESS)
+    parser = Parser(
+        "lander.py", description=about, argument_default=argparse.SUPPRESS, allow_abbrev=False
+    )
     for setting in fields(Settings):
         flag, kind, text = flag_of(setting.name), setting.type, setting.metadata["help"]
         if kind is bool:
@@ -781,7 +783,7 @@ def counted(batches, label, sentences):
         progress.add(len(batch.ids) * process_count())
 
 
-def say(line):
+def say(line=""):
     """Print a line, wrapped to 80 columns."""
     wrapped = textwrap.fill(line, 80, subsequent_indent="   ", break_long_words=False)
     print(wrapped, flush=True)
@@ -824,14 +826,16 @@ def grow(path, keys, make):
 PLACES = "weights", "data"  # may differ on resuming: fingerprints know what lies there
 
 
-def recorded(settings, paths):
-    """What args.json holds: what a result depends on. paths: name -> path of all that is read"""
+def recorded(settings):
+    """What args.json holds, the files' fingerprints apart: what a result depends on."""
+    device, dtype = choose_device(settings)
     record = asdict(settings) | {"torch": torch.__version__}
+    record |= {"device": device.type, "dtype": str(dtype).removeprefix("torch.")}
     for name in ("out", "resume", "translate", "tuned", "export"):
         del record[name]
     for name in PLACES:  # a path that is no UTF-8 is recorded as well as can be
         record[name] = os.path.abspath(record[name]).encode("utf-8", "replace").decode()
-    return record | {"files": {name: fingerprint(path) for name, path in paths.items()}}
+    return record
 
 
 def read_args(folder):
@@ -839,33 +843,45 @@ def read_args(folder):
     path = folder / "args.json"
     record = read_json(path)
     with reading(path):
-        odd = record.keys() ^ recorded(Settings(), {}).keys()
+        odd = record.keys() ^ {*recorded(Settings()), "files"}
         if odd:
             raise InputError(f"{path}: of another version, at {', '.join(sorted(odd))}")
         record["files"] = dict(record["files"])
     return record
 
 
-def check_run_folder(folder, record, resume, paths):
+def check_run_folder(folder, settings):
     """InputError for a folder that holds another run, or this one without --resume."""
     if not (folder / "args.json").exists():
         if any(folder.glob("*.safetensors")):
             raise InputError(f"{folder}: holds files of a run, but not its args.json")
-        if resume:
+        if settings.resume:
             note(f"{folder}: no run to go on with, so one begins")
         return
-    if not resume:
+    if not settings.resume:
         remedy = "--resume goes on with it, --out names another folder"
         raise InputError(f"{folder}: holds a run already; {remedy}")
-    before = read_args(folder)
-    for name in record.keys() - {*PLACES, "files"}:
-        if before[name] != record[name]:
-            changed = f"{flag_of(name)} {before[name]}, now {flag_of(name)} {record[name]}"
+    before, now = read_args(folder), recorded(settings)
+    for name in now.keys() - PLACES:
+        if before[name] != now[name]:
+            changed = f"{flag_of(name)} {before[name]}, now {flag_of(name)} {now[name]}"
             raise InputError(f"{folder}: was run with {changed}; --resume needs the same")
-    for name in sorted(before["files"].keys() | record["files"].keys()):
-        if before["files"].get(name) != record["files"].get(name):
-            changed = f"{paths.get(name, name)} has changed since the run began"
-            raise InputError(f"{folder}: {changed}; --resume needs the same")
+
+
+def record_args(folder, settings, paths):
+    """Write args.json. InputError that names a file that has changed since the run began.
+
+    paths: name -> path of all that the run reads. -> name -> fingerprint
+    """
+    files = {name: fingerprint(path) for name, path in paths.items()}
+    if (folder / "args.json").exists():
+        before = read_args(folder)["files"]
+        for name in sorted(before.keys() | files.keys()):
+            if before.get(name) != files.get(name):
+                changed = f"{paths.get(name, name)} has changed since the run began"
+                raise InputError(f"{folder}: {changed}; --resume needs the same")
+    write(folder / "args.json", recorded(settings) | {"files": files})
+    return files
 
 
 def merged(learners):
@@ -988,15 +1004,15 @@ def render_examples(tokenizer, pair, text, settings, what):
     """Rendered examples that fit into max_tokens; the others are counted. InputError for none."""
     rendered = [render(tokenizer, pair, source, target) for source, target in text]
     kept = short_enough(rendered, settings.max_tokens)
-    if len(kept) < len(rendered):
-        skipped = f"{len(rendered) - len(kept)} of {len(rendered)} examples"
-        note(f"{what} {pair}: skipped {skipped}, over --max-tokens {settings.max_tokens}")
     if not kept:
         shortest = min(len(prompt) + len(target) for prompt, target in rendered)
         found = (
             f"all {len(rendered)} {what} examples of {pair}, the shortest with {shortest} tokens"
         )
         raise InputError(f"{found}, are longer than --max-tokens {settings.max_tokens}")
+    if len(kept) < len(rendered):
+        skipped = f"{len(rendered) - len(kept)} of {len(rendered)} examples"
+        note(f"{what} {pair}: skipped {skipped}, over --max-tokens {settings.max_tokens}")
     return kept
 
 
@@ -1238,17 +1254,15 @@ def tune(settings, folder):
     """The whole method; each step leaves a file in the run folder, a resumed run skips those done."""
     started = time.monotonic()
     device, dtype = choose_device(settings)
-    settings = replace(settings, device=device.type, dtype=str(dtype).removeprefix("torch."))
+    check_run_folder(folder, settings)
+    wait_for_all()  # until all have looked for what the first process writes from now on
     tuned = choose_pairs(settings.pair, settings.data, "train")
     config, tokenizer = open_checkpoint(settings.weights)
     select_layers(torch.zeros(config.layers - 1), settings.layers)  # too many show at once
     inputs = read_inputs(tokenizer, tuned, settings)
     paths = checkpoint_paths(settings.weights, tokenizer) | inputs.paths
-    record = recorded(settings, paths)
-    check_run_folder(folder, record, settings.resume, paths)
-    wait_for_all()  # until all have looked for what the first process writes from now on
     model = load_model(settings.weights, device, dtype, config).requires_grad_(False)
-    write(folder / "args.json", record)
+    fingerprints = record_args(folder, settings, paths)
     size = sum(p.numel() for p in model.parameters())
     say(f"{settings.weights}: {config.family}, {config.layers} layers, {size:,} parameters")
     say(f"{dtype} on {device}")
@@ -1300,7 +1314,7 @@ def tune(settings, folder):
     with reading(folder / "results.json"):
         show_table(results, tuned)
     for name, path in paths.items():
-        if fingerprint(path) != record["files"][name]:
+        if fingerprint(path) != fingerprints[name]:
             note(f"{path} changed while the run used it: what was found is of neither version")
     print(f"\nIt took {time.monotonic() - started:.0f} s; everything is in {folder}", flush=True)
     return results
@@ -1430,7 +1444,9 @@ def main(argv=None):
     def command():
         with torchrun():
             given = parse_arguments(argv)
-            settings = settings_of_run(given) if given.get("tuned") else Settings(**given)
+            settings = Settings(**given)
+            if settings.tuned:
+                settings = settings_of_run(given)
             torch.manual_seed(settings.seed)
             if process_count() > 1 and (settings.tuned or not settings.weights):
                 raise InputError("torchrun is for tuning a checkpoint; run this one without")
