@@ -37,7 +37,7 @@ import lander
 import model
 from data import InputError, list_pairs, load_tokenizer, make_batches, read_parallel, render
 from model import Config, Decoder, load_model, save_model
-from study import demo, fuzz, shapes
+from study import demo, fuzz
 
 SHARED = Path(__file__).resolve().parent.parent / "shared"
 
