@@ -14,6 +14,7 @@ import contextlib
 import doctest
 import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -1019,6 +1020,25 @@ def test_scoring_takes_a_sample_of_the_seed(world, here):
     assert first[0] == first[1] != first[2] and begin not in first
 
 
+def test_limits_grow_with_what_a_script_takes(here, capsys):
+    """Burmese takes ten of BLOOM's tokens where English takes one: skipped in training, cut in translation."""
+    short, long = "ab cd ef\n" * 20, "abcdefgh" * 99 + "\n"
+    write(here, train_en=short, train_de=short, train_fr=long * 19 + f"{long[:-1]}{long * 9}")
+    write(here, test_en=short, test_de=short, test_fr=long * 20)
+    settings = lander.Settings(data=".", pair="en-de,en-fr", score_pairs="en-de,en-fr")
+    inputs = lander.read_inputs(Bytes, ["en-de", "en-fr"], settings)
+    prompt = len(data.prompt_text("en-fr", "ab cd ef"))
+    assert inputs.new_tokens == {"en-de": 3, "en-fr": math.ceil(3 * (8 * 99 + 2) / prompt)}
+    assert inputs.max_tokens == 4 * (prompt + 8 * 99 + 2) and len(inputs.scoring["en-fr"]) == 19
+    assert f"skipped 1 of 20 examples, over {inputs.max_tokens} tokens" in capsys.readouterr().err
+    settings.max_tokens = 100
+    with pytest.raises(InputError, match="longer than --max-tokens 100"):
+        lander.read_inputs(Bytes, ["en-de", "en-fr"], settings)
+    settings = lander.Settings(data=".", pair="en-de", score_pairs="en-de,de-en")
+    inputs = lander.read_inputs(Bytes, ["en-de"], settings)
+    assert (inputs.max_tokens, inputs.new_tokens) == (256, {"en-de": 3, "de-en": 3})
+
+
 # Interrupted and resumed
 
 
@@ -1444,6 +1464,8 @@ def test_limits_and_groups_by_hand(monkeypatch):
     sources = ["a", "b", "c", "d"]
     lines, cut = translations(decoder, sources)
     assert asked == [(4, [3 * prompt] * 4)] and cut == 4 and len(lines[0]) == 3 * prompt
+    translations(decoder, sources, new_tokens=7)
+    assert asked[1:] == [(4, [7 * prompt] * 4)]
     asked.clear()
     room = 2 * 4 * prompt * decoder.cache_bytes() / 1e9  # for two prompts and their translations
     for beams, sizes in [(1, [2, 2]), (2, [1, 1, 1, 1])]:
