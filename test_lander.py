@@ -1022,8 +1022,8 @@ def test_scoring_takes_a_sample_of_the_seed(world, here):
 
 def test_limits_grow_with_what_a_script_takes(here, capsys):
     """Burmese takes ten of BLOOM's tokens where English takes one: skipped in training, cut in translation."""
-    short, long = "ab cd ef\n" * 20, "abcdefgh" * 99 + "\n"
-    write(here, train_en=short, train_de=short, train_fr=long * 19 + f"{long[:-1]}{long * 9}")
+    short, long, longest = "ab cd ef\n" * 20, "abcdefgh" * 99 + "\n", "abcdefgh" * 999 + "\n"
+    write(here, train_en=short, train_de=short, train_fr=long * 19 + longest)
     write(here, test_en=short, test_de=short, test_fr=long * 20)
     settings = lander.Settings(data=".", pair="en-de,en-fr", score_pairs="en-de,en-fr")
     inputs = lander.read_inputs(Bytes, ["en-de", "en-fr"], settings)
@@ -1036,7 +1036,7 @@ def test_limits_grow_with_what_a_script_takes(here, capsys):
         lander.read_inputs(Bytes, ["en-de", "en-fr"], settings)
     settings = lander.Settings(data=".", pair="en-de", score_pairs="en-de,de-en")
     inputs = lander.read_inputs(Bytes, ["en-de"], settings)
-    assert (inputs.max_tokens, inputs.new_tokens) == (256, {"en-de": 3, "de-en": 3})
+    assert inputs.max_tokens == 4 * (prompt + 10) and inputs.new_tokens == {"en-de": 3, "de-en": 3}
 
 
 # Interrupted and resumed
