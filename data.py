@@ -18,7 +18,6 @@ import random
 import re
 import socket
 import stat
-import struct
 import sys
 import unicodedata
 from collections.abc import Sequence
@@ -66,12 +65,10 @@ def split_pair(pair):
     """ "en-de" -> ("en", "de"). InputError where it is not two known language codes."""
     codes = pair.split("-")
     if len(codes) != 2 or codes[0] == codes[1]:
-        expected = "two language codes, source first, as in en-de"
-        raise InputError(f"pair {pair!r}: expected {expected}")
+        raise InputError(f"pair {pair!r}: expected two language codes, source first, as in en-de")
     for code in codes:
         if code not in LANGUAGES:
-            remedy = "name it in LANGUAGES in data.py, as de=German"
-            raise InputError(f"pair {pair!r}: unknown language {code!r}; {remedy}")
+            raise InputError(f"pair {pair!r}: no language {code!r} in LANGUAGES in data.py")
     return codes[0], codes[1]
 
 
@@ -162,9 +159,10 @@ class Lines(Sequence):
     def __init__(self, path):
         self.path = path
         with reading(path), open(path, "rb") as file:
-            sized = os.fstat(file.fileno()).st_size  # not a pipe, which cannot be mapped
-            access = mmap.ACCESS_READ
-            self.raw = mmap.mmap(file.fileno(), 0, access=access) if sized else file.read()
+            if os.fstat(file.fileno()).st_size:
+                self.raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            else:
+                self.raw = file.read()  # a pipe, or nothing
         self.ends = np.flatnonzero(np.frombuffer(self.raw, np.uint8) == ord("\n"))
         if self.raw and self.raw[-1:] != b"\n":
             self.ends = np.append(self.ends, len(self.raw))
@@ -173,16 +171,13 @@ class Lines(Sequence):
         return len(self.ends)
 
     def __getitem__(self, i):
-        if not 0 <= i < len(self):
-            raise IndexError(i)
+        end = int(self.ends[i])  # an IndexError ends a loop
         start = int(self.ends[i - 1]) + 1 if i else 0
-        line = self.raw[start : int(self.ends[i])]
         try:
-            return line.decode("utf-8" if i else "utf-8-sig").removesuffix("\r")
+            return self.raw[start:end].decode("utf-8" if i else "utf-8-sig").removesuffix("\r")
         except UnicodeDecodeError as error:
-            raise InputError(
-                f"{self.path}: line {i + 1} of {len(self)} is not UTF-8 ({error.reason})"
-            ) from None
+            where = f"{self.path}: line {i + 1} of {len(self)}"
+            raise InputError(f"{where} is not UTF-8 ({error.reason})") from None
 
 
 class ParallelText(Sequence):
@@ -201,13 +196,11 @@ class ParallelText(Sequence):
         return sources[self.kept[i]], targets[self.kept[i]]
 
 
-def read_two_files(source_path, target_path):
+def read_two_files(source, target):
     """Line i of one file is a translation of line i of the other. -> sources, targets"""
-    sources, targets = Lines(source_path), Lines(target_path)
+    sources, targets = Lines(source), Lines(target)
     if len(sources) != len(targets):
-        raise InputError(
-            f"{source_path} has {len(sources)} lines but {target_path} has {len(targets)}"
-        )
+        raise InputError(f"{source} has {len(sources)} lines but {target} has {len(targets)}")
     return sources, targets
 
 
@@ -217,19 +210,15 @@ def read_columns(path, source_column):
     for number, line in enumerate(lines, 1):
         row = line.split("\t") if line.strip() else ["", ""]
         if len(row) != 2:
-            raise InputError(
-                f"{path}: line {number} of {len(lines)} has {len(row)} tab-separated columns, expected 2"
-            )
+            where = f"{path}: line {number} of {len(lines)}"
+            raise InputError(f"{where} has {len(row)} tab-separated columns, expected 2")
         for column, text in zip(columns, row):
             column.append(text)
     return columns[source_column], columns[1 - source_column]
 
 
 def read_translations(path, source, target):
-    """ALMA's JSON: a list, or one a line, of {"translation": {"de": ..., "en": ...}}.
-
-    -> sources, targets
-    """
+    """ALMA's JSON: a list, or one a line, of {"translation": {"de": ..., "en": ...}}. -> 2 columns"""
     text = "\n".join(read_lines(path))
     with reading(path):
         if text.lstrip().startswith("["):
@@ -239,22 +228,16 @@ def read_translations(path, source, target):
             items = [parse_json(line) if line.strip() else empty for line in text.split("\n")]
     columns = [], []
     for number, item in enumerate(items, 1):
-        try:
+        with reading(f"{path}: item {number} of {len(items)}"):
             for column, code in zip(columns, (source, target)):
                 column.append("" + item["translation"][code])  # text, or a TypeError
-        except (KeyError, TypeError):
-            raise InputError(
-                f"{path}: item {number} of {len(items)}"
-                f' has no "translation" with {source} and {target}'
-            ) from None
     return columns
 
 
 def candidates(folder, split, source, target):
-    """The files that may hold a split's text for one direction, in order of preference.
+    """The files that may hold a split's text, of each form, and the function that reads them.
 
-    The exact order of the pair comes first, then the reverse, then multi-way text. Yields the
-    files of each form and the function that reads them.
+    In order of preference: the exact order of the pair, the reverse, multi-way text.
     """
     for first, second in ((source, target), (target, source)):
         stem = f"{folder}/{split}.{first}-{second}"
@@ -264,46 +247,32 @@ def candidates(folder, split, source, target):
     yield [Path(f"{folder}/{split}.{source}"), Path(f"{folder}/{split}.{target}")], read_two_files
 
 
-def find_parallel(folder, split, pair):
-    """The files with a split's text for one direction, and the function that reads them.
-
-    InputError where there are none.
-    """
-    source, target = split_pair(pair)
-    halves = ""
-    for paths, read in candidates(folder, split, source, target):
-        missing = [path.name for path in paths if not path.exists()]
-        if not missing:
-            return paths, read
-        if len(missing) < len(paths):
-            halves += f"; there is one side, but no {missing[0]}"
-    found = ", ".join(list_pairs(folder, split)) or "none"
-    raise InputError(f"{folder}: no {split} text for {pair}{halves}; pairs found: {found}")
-
-
 def open_parallel(folder, split, pair):
     """Sentence pairs of one direction, decoded when asked for. -> ParallelText
 
     Reads {split}.{pair}.{lang}, .tsv (columns in the pair's order) or .json (ALMA's), in either
-    order of the pair, or multi-way {split}.{lang}. Pairs with an empty side are skipped and
-    counted; a blank line is such a pair in all forms. InputError names file, line and count. Files
-    of one language each take 24 bytes a pair of memory; TSV and JSON are read as a whole.
+    order of the pair, or multi-way {split}.{lang}. Pairs with an empty side, and blank lines, are
+    skipped and counted. Files of one language each take 24 bytes a pair; others are read as a whole.
     """
-    paths, read = find_parallel(folder, split, pair)
+    halves = ""
+    for paths, read in candidates(folder, split, *split_pair(pair)):
+        missing = [path.name for path in paths if not path.exists()]
+        if not missing:
+            break
+        if len(missing) < len(paths):
+            halves += f"; there is one side, but no {missing[0]}"
+    else:
+        found = ", ".join(list_pairs(folder, split)) or "none"
+        raise InputError(f"{folder}: no {split} text for {pair}{halves}; pairs found: {found}")
     sources, targets = read(*paths)
-    # Every line is decoded here once, so that one that is not UTF-8 is named before a run begins.
-    is_kept = (
-        bool(source.strip() and target.strip()) and "\n" not in source + target
-        for source, target in zip(sources, targets)
-    )
-    kept = np.flatnonzero(np.fromiter(is_kept, bool))
+    kept = []
+    for i, (source, target) in enumerate(zip(sources, targets)):  # names a line of bad UTF-8, too
+        if source.strip() and target.strip() and "\n" not in source + target:
+            kept.append(i)
     if skipped := len(sources) - len(kept):
-        print(
-            f"{folder}: {split} {pair}: skipped {skipped} of {len(sources)} pairs,"
-            " a side is empty or more than a line",
-            file=sys.stderr,
-        )
-    return ParallelText((sources, targets), kept, paths)
+        why = "a side is empty or more than a line"
+        note(f"{folder}: {split} {pair}: skipped {skipped} of {len(sources)} pairs, {why}")
+    return ParallelText((sources, targets), np.array(kept, np.int64), paths)
 
 
 def read_parallel(folder, split, pair):
@@ -313,12 +282,9 @@ def read_parallel(folder, split, pair):
 
 def list_pairs(folder, split):
     """The directions a split offers, sorted: ["de-en", "en-de"]; of languages in LANGUAGES."""
-    code = "|".join(LANGUAGES)
-    pattern = re.compile(rf"{re.escape(split)}\.(?:({code})-({code})\..+|({code}))")
     codes = set()
     for path in Path(folder).glob(f"{split}.*"):
-        if match := pattern.fullmatch(path.name):
-            codes.update(filter(None, match.groups()))
+        codes |= LANGUAGES.keys() & {*re.split("[.-]", path.name)}
     pairs = []
     for source, target in permutations(sorted(codes), 2):
         for paths, _ in candidates(folder, split, source, target):
@@ -332,17 +298,16 @@ def list_pairs(folder, split):
 # Tokenizers
 
 
-# The split regexes that are known, as published: of BLOOM, of Llama-3, of Qwen2. `regex`, on which
-# sacrebleu depends as well, reads them in its version 1 as `tokenizers` does: \p{L}, Unicode's \s,
-# a class in a class is a union. Not so \w, ^, $ or {2}?: a regex that is not listed is refused.
+# The split regexes that are known, as published. `regex`, which comes with sacrebleu, reads them in
+# its version 1 as `tokenizers` does: \p{L}, Unicode's \s, and a class in a class is a union. Not so
+# \w, ^, $ or {2}?, and nested counts may take for ever: another regex is refused by name.
 BLOOM_SPLIT = " ?[^(\\s|[.,!?…。，、।۔،])]+"
-SPLITS = (
-    BLOOM_SPLIT,
+LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+QWEN2_SPLIT = LLAMA3_SPLIT.replace("{1,3}", "")
+SPLITS = BLOOM_SPLIT, LLAMA3_SPLIT, QWEN2_SPLIT
 
 
 def byte_characters():
@@ -351,44 +316,77 @@ def byte_characters():
     65 -> "A", 32 -> "Ġ", 10 -> "Ċ"
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    characters = {byte: chr(byte) for byte in printable}
-    for byte in range(256):
-        if byte not in characters:
-            characters[byte] = chr(256 + len(characters) - len(printable))
-    return characters
+    others = [byte for byte in range(256) if byte not in printable]
+    return dict(zip(printable + others, map(chr, [*printable, *range(256, 512)])))
 
 
-LARGEST_ID = 2**24
+def steps_of(part, key):
+    """What a part of a tokenizer.json does, one after the other: nothing, one step, or several."""
+    if part is None:
+        return []
+    return part[key] if part["type"] == "Sequence" else [part]
 
 
-class ByteLevelTokenizer:
+def known_step(path, step):
+    """A step of a normalizer, as a function str -> str, or of a pre_tokenizer, str -> pieces."""
+    match step:
+        case {"type": "NFC"}:
+            return partial(unicodedata.normalize, "NFC")
+        case {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated"}:
+            if split in SPLITS:
+                return regex.compile(f"({split})", regex.V1).split  # matches, what is between
+        case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}:
+            return lambda text: [text]
+    raise InputError(f"{path}: {step} is no step that is known here")
+
+
+def ids_in_front(path, post_processor):
+    """What a post_processor puts in front of a text, [] or [id]. InputError where it does more."""
+    ids = []
+    for step in steps_of(post_processor, "processors"):
+        if step["type"] != "ByteLevel":  # which trims offsets
+            single = step["single"]
+            names = [one["SpecialToken"]["id"] for one in single[:-1] if "SpecialToken" in one]
+            for name in names:
+                ids += step["special_tokens"][name]["ids"]
+            if len(names) < len(single) - 1 or "Sequence" not in single[-1] or len(ids) > 1:
+                raise InputError(f"{path}: post_processor {single} adds more than a token in front")
+    return ids
+
+
+class BPETokenizer:
     """Byte-level BPE from a tokenizer.json, in plain Python: the ids of the `tokenizers` library.
 
     BLOOM's, Qwen2's and Llama-3's. InputError names what another pipeline has that these have not.
     """
 
     target_prefix = " "
+    largest_id = 2**24
 
     def __init__(self, path):
         published = read_json(path)
         with reading(path):
             model = published["model"]
-            added = [token for token in published["added_tokens"] if token["content"]]
-            split = check_pipeline(path, published)
+            check_options(path, published)
+            known = partial(known_step, path)
+            self.normalizers = [*map(known, steps_of(published.get("normalizer"), "normalizers"))]
+            self.splits = [*map(known, steps_of(published["pre_tokenizer"], "pretokenizers"))]
             self.in_front = ids_in_front(path, published.get("post_processor"))
+            self.ignore_merges = model.get("ignore_merges")  # for a piece that is a token
             self.vocabulary = model["vocab"]  # token, in byte characters -> id
-            self.added = {token["content"]: token["id"] for token in added}
-            self.ids = self.vocabulary | self.added
-            self.tokens = {id: token for token, id in self.ids.items()}
-            smallest, largest = min(self.tokens, default=0), max(self.tokens, default=0)
             # "a b" until tokenizers 0.20, [a, b] since.
             merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
             self.ranks = {tuple(merge): rank for rank, merge in enumerate(merges)}
-        if not 0 <= smallest <= largest < LARGEST_ID:
-            raise InputError(
-                f"{path}: ids from {smallest} to {largest}, expected 0 to {LARGEST_ID - 1}"
-            )
-        self.vocab_size = largest + 1
+            self.added, literal, normalized = {}, [], []  # those are matched in what others leave
+            for token in published["added_tokens"]:
+                if token["content"]:
+                    self.added[token["content"]] = token["id"]
+                    (normalized if token.get("normalized") else literal).append(token["content"])
+            self.ids = self.vocabulary | self.added
+            self.tokens = {id: token for token, id in self.ids.items()}
+            smallest, self.vocab_size = min(self.tokens), max(self.tokens) + 1
+            if not 0 <= smallest < self.vocab_size <= self.largest_id:
+                raise InputError(f"{path}: ids from {smallest} to {self.vocab_size - 1}")
         for merge in self.ranks:
             if len(merge) != 2 or not {*merge, "".join(merge)} <= self.vocabulary.keys():
                 raise InputError(f"{path}: merge {merge} is not of two tokens that make a third")
@@ -396,34 +394,25 @@ class ByteLevelTokenizer:
             raise InputError(f"{path}: post_processor adds {self.in_front}, which is no token")
         bos, eos, pad = (self.added.get(token, -1) for token in ("<s>", "</s>", "<pad>"))  # BLOOM's
         self.own_ids = {"bos": self.in_front[0] if self.in_front else bos, "eos": eos, "pad": pad}
-        self.split = regex.compile(f"({split})", regex.V1).split  # the matches, and what is between
-        self.normalize = str
-        if published.get("normalizer"):
-            self.normalize = partial(unicodedata.normalize, "NFC")
-        self.ignore_merges = model.get("ignore_merges")  # for a piece that is a token
-        self.added_patterns = []
-        for normalized in (False, True):  # those are matched in what the others leave
-            some = [t["content"] for t in added if bool(t.get("normalized")) is normalized]
-            longest_first = sorted(some, key=len, reverse=True)
-            if some:
-                pattern = "|".join(map(re.escape, longest_first))
-                self.added_patterns.append(re.compile(f"({pattern})"))
+        self.literal, self.normalized = any_of(literal), any_of(normalized)
         self.byte_characters = byte_characters()
         self.character_bytes = {character: byte for byte, character in self.byte_characters.items()}
         self.piece_ids = lru_cache(maxsize=1 << 18)(self.merge)  # words repeat: most are found here
 
     def encode(self, text):
         """str -> list of ids. Added tokens in the text are matched literally, first of all."""
-        parts = [text]
-        for pattern in self.added_patterns:
-            parts = chain.from_iterable(map(pattern.split, parts))
         ids = []
-        for part in parts:
+        for part in chain.from_iterable(map(self.normalized.split, self.literal.split(text))):
             if part in self.added:
                 ids.append(self.added[part])
-            else:
-                for piece in self.split(self.normalize(part)):
-                    ids += self.piece_ids(piece)
+                continue
+            for normalize in self.normalizers:
+                part = normalize(part)
+            pieces = [part]
+            for split in self.splits:
+                pieces = chain.from_iterable(map(split, pieces))
+            for piece in pieces:
+                ids += self.piece_ids(piece)
         return ids
 
     def merge(self, piece):
@@ -471,72 +460,29 @@ class ByteLevelTokenizer:
         return raw.decode("utf-8", errors="replace")
 
 
-def expect(where, found, *expected):
-    """InputError where a value is none of those that ByteLevelTokenizer knows."""
-    if found not in expected:
-        raise InputError(f"{where} is {found}, expected {' or '.join(map(str, expected))}")
+def any_of(tokens):
+    """A pattern whose .split gives those tokens and what is between; of two at a place the longer."""
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
 
-def check_pipeline(path, published):
-    """Refuse a tokenizer.json that does to text what ByteLevelTokenizer does not.
-
-    -> the regex that it splits by
-    """
-    model, normalizer = published["model"], published.get("normalizer")
-    expect(f"{path}: normalizer", normalizer, None, {"type": "NFC"})
-    steps = steps_of(published["pre_tokenizer"], "pretokenizers")
-    expect(
-        f"{path}: steps of pre_tokenizer", [step["type"] for step in steps], ["Split", "ByteLevel"]
-    )
-    split, byte_level = steps
-    known = [{"Regex": one} for one in SPLITS]
-    if split["pattern"] not in known:
-        raise InputError(
-            f"{path}: pre_tokenizer splits by {split['pattern']}, which is none of SPLITS"
-        )
-    expect(f"{path}: pre_tokenizer: behavior", split["behavior"], "Isolated")
-    expect(f"{path}: pre_tokenizer: invert", split["invert"], False)
-    expect(f"{path}: pre_tokenizer: add_prefix_space", byte_level["add_prefix_space"], False)
-    expect(f"{path}: pre_tokenizer: use_regex", byte_level["use_regex"], False)
-    expect(f"{path}: model: type", model["type"], "BPE")
-    expect(f"{path}: model: ignore_merges", model.get("ignore_merges"), None, True, False)
-    for option in ("dropout", "unk_token", "byte_fallback"):
-        expect(f"{path}: model: {option}", model.get(option), None, False)
-    for option in ("continuing_subword_prefix", "end_of_word_suffix"):
-        expect(f"{path}: model: {option}", model.get(option), None, "")
-    expect(f"{path}: decoder", published["decoder"]["type"], "ByteLevel")
-    flags = ["single_word", "lstrip", "rstrip"]
+def check_options(path, published):
+    """Refuse what changes the ids of a tokenizer.json and is not known to BPETokenizer."""
+    model, steps = published["model"], steps_of(published["pre_tokenizer"], "pretokenizers")
+    kinds = [step["type"] for step in steps], published["decoder"]["type"], model["type"]
+    expected = ["Split", "ByteLevel"], "ByteLevel", "BPE"
+    if kinds != expected:
+        raise InputError(f"{path}: pre_tokenizer, decoder, model are {kinds}, expected {expected}")
+    if model.get("ignore_merges") not in (None, False, True):
+        raise InputError(f"{path}: ignore_merges {model['ignore_merges']} is no boolean")
+    flags = ("id", "content", "special", *([] if published.get("normalizer") else ["normalized"]))
+    parts = [(path, model, ("type", "vocab", "merges", "ignore_merges", "fuse_unk"))]
     for token in published["added_tokens"]:
-        for flag in [*flags, "normalized"] if normalizer else flags:
-            expect(f"{path}: added token {token['content']}: {flag}", token.get(flag), None, False)
-    return split["pattern"]["Regex"]
-
-
-def ids_in_front(path, post_processor):
-    """What a post-processor puts in front of a text, [] or [id]. InputError where it does more."""
-    steps = steps_of(post_processor, "processors")
-    templates = [step for step in steps if step["type"] != "ByteLevel"]  # which trims offsets
-    if not templates:
-        return []
-    expect(f"{path}: post_processor", [step["type"] for step in templates], ["TemplateProcessing"])
-    single, tokens = templates[0]["single"], templates[0]["special_tokens"]
-    text = {"Sequence": {"id": "A", "type_id": 0}}
-    for name, token in tokens.items():
-        if (
-            single == [{"SpecialToken": {"id": name, "type_id": 0}}, text]
-            and len(token["ids"]) == 1
-        ):
-            return token["ids"]
-    raise InputError(
-        f"{path}: post_processor is {single}, expected a template of one token in front of the text"
-    )
-
-
-def steps_of(part, key):
-    """What a part of a pipeline does, one after the other: nothing, one step, or a "Sequence"."""
-    if part is None:
-        return []
-    return part[key] if part["type"] == "Sequence" else [part]
+        parts.append((f"{path}: added token {token['content']}", token, flags))
+    for where, part, known in parts:
+        for key, value in part.items():
+            if value and key not in known:
+                raise InputError(f"{where}: {key} is {value!r}, which is not known here")
 
 
 class SentencePieceTokenizer:
@@ -558,13 +504,8 @@ class SentencePieceTokenizer:
         self.encode, self.decode = model.encode, model.decode
 
 
-TOKENIZERS = {"tokenizer.model": SentencePieceTokenizer, "tokenizer.json": ByteLevelTokenizer}
 # Where a folder says which token begins a text, ends it, or pads: the first that does so counts.
-SPECIAL_TOKENS = {
-    "tokenizer_config.json": "{}_token",
-    "special_tokens_map.json": "{}_token",
-    "config.json": "{}_token_id",
-}
+SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json", "config.json"
 
 
 def load_tokenizer(folder):
@@ -575,11 +516,12 @@ def load_tokenizer(folder):
     .target_prefix: the space between prompt and target, "" where encode adds it.
     .paths: the files that were read, the tokenizer's own first.
     """
-    own = [Path(folder) / name for name in TOKENIZERS if (Path(folder) / name).exists()]
-    if not own:
-        raise InputError(f"{folder}: no tokenizer.model and no tokenizer.json")
-    path = own[0]
-    tokenizer = TOKENIZERS[path.name](path)
+    path = Path(folder) / "tokenizer.model"
+    if path.exists():
+        tokenizer = SentencePieceTokenizer(path)
+    else:
+        path = path.with_name("tokenizer.json")
+        tokenizer = BPETokenizer(path)
     others = [path.with_name(name) for name in SPECIAL_TOKENS if path.with_name(name).exists()]
     tokenizer.paths = [path, *others]
     files = {other: read_json(other) for other in others}
@@ -592,17 +534,17 @@ def load_tokenizer(folder):
         tokenizer.pad_id = tokenizer.eos_id  # padding is masked: any id does
     if tokenizer.in_front not in ([], [tokenizer.bos_id]):
         raise InputError(
-            f"{path}: post_processor puts {tokenizer.in_front} in front of a text,"
-            f" expected beginning-of-sentence, {tokenizer.bos_id}"
+            f"{path}: post_processor adds {tokenizer.in_front}, not {tokenizer.bos_id}"
         )
     config = files.get(path.with_name("tokenizer_config.json"), {})
     adds_bos = config.get("add_bos_token")
-    expect(f"{path.with_name('tokenizer_config.json')}: add_bos_token", adds_bos, None, True, False)
     if adds_bos is None:
         llama = config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast")
         adds_bos = llama if path.name == "tokenizer.model" else bool(tokenizer.in_front)
-    if adds_bos and tokenizer.bos_id < 0:
-        raise InputError(f"{path}: no beginning-of-sentence token, which add_bos_token asks for")
+    if adds_bos not in (False, True) or (adds_bos and tokenizer.bos_id < 0):
+        raise InputError(
+            f"{path}: add_bos_token {adds_bos!r}, beginning-of-sentence {tokenizer.bos_id}"
+        )
     tokenizer.prompt_prefix = [tokenizer.bos_id] if adds_bos else []
     return tokenizer
 
@@ -613,38 +555,32 @@ def special_id(kind, tokenizer, files):
     files: path -> content of those of SPECIAL_TOKENS that are there
     """
     for path, content in files.items():
-        key = SPECIAL_TOKENS[path.name].format(kind)
-        with reading(f"{path}: {key}"):
+        key = f"{kind}_token_id" if path.name == "config.json" else f"{kind}_token"
+        with reading(path):
             value = content.get(key)
-            if isinstance(value, list):
-                value = value[0] if value else None  # several may end a text: the first is written
             if isinstance(value, dict):
                 value = value["content"]
-            id = tokenizer.ids.get(value) if key.endswith("token") else value
-        if value is None:
-            continue
+            if isinstance(value, list):
+                value = value[0] if value else None  # several may end a text: the first is written
+            id = tokenizer.ids.get(value) if key.endswith("_token") else value
         if type(id) is int and id in tokenizer.ids.values():
             return id
-        if kind != "pad":  # padding is masked: some files name a token that there is not
+        if value is not None and kind != "pad":  # some files name no token of theirs as padding
             raise InputError(f"{path}: {key} {value!r} is not in the tokenizer's vocabulary")
     return tokenizer.own_ids[kind]
 
 
 class LineEnds(NamedTuple):
-    """Where generating a line of text ends: at the first line break after a visible character.
+    """Where generating a line of text ends: at the first line break after a visible character."""
 
-    Of each token, whether it has a visible character, and whether it ends the line: before any
-    visible character came, and after. [vocab_size] bool each
-    """
-
-    visible: torch.Tensor
-    ends_before: torch.Tensor
-    ends_after: torch.Tensor
+    visible: torch.Tensor  # [vocab_size] bool: which tokens have a visible character
+    ends_before: torch.Tensor  # the same: which end the line before any visible character came
+    ends_after: torch.Tensor  # and after
 
 
 @lru_cache(maxsize=1)
 def line_ends(tokenizer):
-    """-> LineEnds of a tokenizer's tokens. A base model seldom writes eos; it begins another line."""
+    """-> LineEnds. A base model seldom writes eos; it begins another line."""
     texts = [tokenizer.decode([id]) for id in range(tokenizer.vocab_size)]
     visible = [bool(text.strip()) for text in texts]
     before = [has_line_break(text.lstrip()) for text in texts]
@@ -675,27 +611,24 @@ def exit_status(command, *arguments):
     try:
         command(*arguments)
         return 0
-    except (InputError, OSError, SafetensorError) as error:  # OSError: a full disk, no permission
-        # A line break in a file's name, or of the rarer kinds in what was found, stays in one line.
-        shown = [c if c.isprintable() else ascii(c)[1:-1] for c in str(error)]
-        print(f"error: {''.join(shown)}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except (InputError, OSError, SafetensorError) as error:  # OSError: a full disk, no permission
+        note(f"error: {error}")
+        return 2
     except (MemoryError, RuntimeError) as error:
-        kinds = MemoryError, torch.OutOfMemoryError
-        if not isinstance(error, kinds) and "can't allocate memory" not in str(error):
+        is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not is_memory and "can't allocate memory" not in str(error):
             raise
-        remedy = "a smaller --micro-tokens (training) or --cache-gb (translating) takes less"
-        print(f"error: out of memory; {remedy}", file=sys.stderr)
+        note("error: out of memory; a smaller --micro-tokens or --cache-gb takes less")
         return 2
 
 
-# What reading a damaged file ends in: RecursionError is a RuntimeError, KeyError a LookupError, and
-# what JSON and UTF-8 raise are ValueErrors. torch.OutOfMemoryError is none of the file's.
-DAMAGE = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
-DAMAGE += (RuntimeError, struct.error, SafetensorError)
+def note(text):
+    """One line on stderr: without line breaks of a file's name, or what would steer a terminal."""
+    shown = [c if c.isprintable() else ascii(c)[1:-1] for c in text]
+    print("".join(shown), file=sys.stderr)
 
 
 @contextmanager
@@ -706,31 +639,26 @@ def reading(path):
     """
     try:
         yield
-    except (InputError, torch.OutOfMemoryError):
+    except (InputError, MemoryError, torch.OutOfMemoryError):
         raise
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except DAMAGE as error:
+    except Exception as error:  # RecursionError, struct.error, SafetensorError, ...
         raise InputError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
 
 
 def read_json(path):
-    """The JSON in a file. InputError where it is none."""
+    """The JSON in a file, UTF-8. InputError where it is none."""
     with reading(path):
         return parse_json(Path(path).read_text("utf-8-sig"))
 
 
 def parse_json(text):
     """JSON text -> its value. ValueError for what is no JSON, no number, or half a character."""
-    text.encode()
-    value = json.loads(text, parse_constant=refuse_constant)
+    value = json.loads(text, parse_constant=int)  # int refuses NaN and Infinity
     if "\\ud" in text.lower():
         json.dumps(value, ensure_ascii=False).encode()  # fails for half of a surrogate pair
     return value
-
-
-def refuse_constant(name):
-    raise ValueError(f"{name} is no number")
 
 
 def read_lines(path):
@@ -796,15 +724,12 @@ def write_tensors(path, tensors):
 
 
 def fingerprint(path):
-    """What tells a file from another: the SHA-256 of its content; of safetensors, header and size.
-
-    Reading all of a 7B checkpoint would take longer than it tells.
-    """
+    """SHA-256 of a file; of safetensors header and size, as reading 14 GB takes more than it tells."""
     with reading(path), open(path, "rb") as file:
         if path.suffix != ".safetensors":
             return hashlib.file_digest(file, "sha256").hexdigest()
         size = os.fstat(file.fileno()).st_size
-        (header,) = struct.unpack("<Q", file.read(8))
+        header = int.from_bytes(file.read(8), "little")
         digest = hashlib.sha256(file.read(min(header, size))).hexdigest()
         return f"{digest}, {size} bytes"
 
@@ -813,33 +738,33 @@ def fingerprint(path):
 def locked(folder):
     """Hold a folder, making it where there is none; one process at a time, until it ends or dies.
 
-    Sweeps what a killed run left half-written in it. A folder in which nothing came to lie is
-    removed again. InputError names the process that holds it, and links, which may lead anywhere.
+    Sweeps what a killed run left half-written, and removes a folder in which nothing came to lie.
+    InputError names the process that holds it, or a link, which may lead anywhere.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "lock"
     for entry in folder.iterdir():
-        if entry.is_symlink() and (entry == path or entry.is_dir()):
-            raise InputError(f"{entry}: a link, expected a file or folder of this run's own")
-    if path.exists() and not path.is_file():
-        raise InputError(f"{path}: not a regular file")
+        links_elsewhere = entry.is_symlink() and (entry == path or entry.is_dir())
+        if links_elsewhere or (entry == path and not entry.is_file()):
+            raise InputError(f"{entry}: a link, or no regular file; a run writes to its own alone")
     with open(path, "a+") as file:
         try:
             portalocker.lock(file, portalocker.LOCK_EX | portalocker.LOCK_NB)  # freed when we die
             if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 raise FileNotFoundError  # who held it removed it
         except (portalocker.AlreadyLocked, FileNotFoundError):
-            holder = ""
-            with suppress(OSError):  # Windows does not let others read what is locked
-                file.seek(0)
-                holder = file.read()
-            raise InputError(f"{folder}: in use by {holder or 'another process'}") from None
+            file.seek(0)
+            raise InputError(f"{folder}: in use by {file.read() or 'another process'}") from None
         except portalocker.LockException:
-            print(f"{folder}: no locks here; let no other run use this folder", file=sys.stderr)
+            note(f"{folder}: no locks here; let no other run use this folder")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
-        sweep(folder)
+        if (folder / "args.json").is_file():  # a run's own
+            for pattern in (f"*{HALF_WRITTEN}", f"*/*{HALF_WRITTEN}", ".tmp??????"):  # safetensors'
+                for left_over in folder.glob(pattern):
+                    if stat.S_ISREG(left_over.lstat().st_mode):
+                        left_over.unlink()
         try:
             yield
         finally:
@@ -848,13 +773,3 @@ def locked(folder):
                 with suppress(OSError):  # Windows does not remove what is open
                     path.unlink()
                     folder.rmdir()
-
-
-def sweep(folder):
-    """Remove what was half-written when a run was killed, in a run's folder alone, and no links."""
-    if not (folder / "args.json").is_file():
-        return
-    for pattern in (f"*{HALF_WRITTEN}", f"*/*{HALF_WRITTEN}", ".tmp??????"):  # safetensors' own
-        for left_over in folder.glob(pattern):
-            if stat.S_ISREG(left_over.lstat().st_mode):
-                left_over.unlink()

@@ -75,7 +75,7 @@ import sys
 import textwrap
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -157,11 +157,6 @@ def select_layers(differences, k):
 LOGITS_AT_ONCE = 30_000_000  # 0.48 GB: 16 bytes each, in 16 bits, in fp32, and both gradients
 
 
-def token_losses(model, hidden, targets):
-    """hidden [N, D], targets [N] -> the sum of their negative log-likelihoods, fp32"""
-    return functional.cross_entropy(model.logits(hidden).float(), targets, reduction="sum")
-
-
 def target_loss(model, batch):
     """The sum of the target tokens' negative log-likelihoods, fp32.
 
@@ -170,12 +165,16 @@ def target_loss(model, batch):
     ids, mask, targets = to_device(batch, model)
     wanted = targets != -100
     hidden, targets = model.hidden_states(ids, mask)[wanted], targets[wanted]  # [N, D], [N]
+
+    def loss_of(hidden, targets):
+        return functional.cross_entropy(model.logits(hidden).float(), targets, reduction="sum")
+
     size = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
     if len(targets) <= size:
-        return token_losses(model, hidden, targets)
+        return loss_of(hidden, targets)
     # Checkpointed: the backward pass makes a piece's logits again instead of keeping all.
     pieces = zip(hidden.split(size), targets.split(size))
-    return sum(checkpoint(token_losses, model, *piece, use_reentrant=False) for piece in pieces)
+    return sum(checkpoint(loss_of, *piece, use_reentrant=False) for piece in pieces)
 
 
 @contextmanager
@@ -595,15 +594,14 @@ def process_count():
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
-def first_process():
-    """Of several, one alone writes and prints."""
-    return not distributed.is_initialized() or distributed.get_rank() == 0
+def process_number():
+    """The first of several alone writes and prints."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 def of_this_process(items):
     """Those that this process works on. Of [0, 1, 2, 3, 4] the second of two has 1 and 3."""
-    rank = distributed.get_rank() if distributed.is_initialized() else 0
-    return islice(items, rank, None, process_count())
+    return islice(items, process_number(), None, process_count())
 
 
 def add_up(value):
@@ -646,17 +644,17 @@ def torchrun():
         yield
         return
     distributed.init_process_group()
-    if not first_process():
+    number = process_number()
+    if number > 0:
         sys.stdout = sys.stderr = open(os.devnull, "w")
     try:
         yield
     except (InputError, OSError, RuntimeError) as error:
-        # The first process may say the same, and where another has died, an error in waiting for it
-        # is an echo: torchrun ends this one meanwhile.
-        if not first_process() or isinstance(error, RuntimeError):
+        # Another may have said the same, or died, which is an echo here: torchrun then ends this one.
+        if number > 0 or isinstance(error, RuntimeError):
             time.sleep(10)
         sys.stderr = sys.__stderr__
-        print(f"process {distributed.get_rank()}: ", end="", file=sys.stderr)
+        print(f"process {number}: ", end="", file=sys.stderr)
         raise
     distributed.destroy_process_group()
 
@@ -739,7 +737,9 @@ class Parser(argparse.ArgumentParser):
 def parse_arguments(argv):
     """Command-line words -> {name: value} of the settings that were given."""
     about = __doc__.split("\n\n")[0]
-    parser = Parser("lander.py", description=about, argument_default=argparse.SUPPRESS)
+    parser = Parser(
+        "lander.py", description=about, argument_default=argparse.SUPPRESS, allow_abbrev=False
+    )
     for setting in fields(Settings):
         flag, kind, text = flag_of(setting.name), setting.type, setting.metadata["help"]
         if kind is bool:
@@ -781,7 +781,7 @@ def counted(batches, label, sentences):
         progress.add(len(batch.ids) * process_count())
 
 
-def say(line):
+def say(line=""):
     """Print a line, wrapped to 80 columns."""
     wrapped = textwrap.fill(line, 80, subsequent_indent="   ", break_long_words=False)
     print(wrapped, flush=True)
@@ -803,7 +803,7 @@ WRITERS |= {".txt": write_lines, ".jsonl": write_lines}
 
 def write(path, value):
     """Write a file of the run, by its suffix; of several processes the first one does."""
-    if first_process():
+    if process_number() == 0:
         WRITERS[path.suffix](path, value)
 
 
@@ -821,17 +821,19 @@ def grow(path, keys, make):
     return entries
 
 
-PLACES = "weights", "data", "out"  # may differ on resuming: fingerprints know what lies there
+PLACES = "weights", "data"  # may differ on resuming: fingerprints know what lies there
 
 
-def recorded(settings, paths):
-    """What args.json holds: what a result depends on. paths: name -> path of all that is read"""
+def recorded(settings):
+    """What args.json holds, the files' fingerprints apart: what a result depends on."""
+    device, dtype = choose_device(settings)
     record = asdict(settings) | {"torch": torch.__version__}
-    for name in ("resume", "translate", "tuned", "export"):
+    record |= {"device": device.type, "dtype": str(dtype).removeprefix("torch.")}
+    for name in ("out", "resume", "translate", "tuned", "export"):
         del record[name]
     for name in PLACES:  # a path that is no UTF-8 is recorded as well as can be
         record[name] = os.path.abspath(record[name]).encode("utf-8", "replace").decode()
-    return record | {"files": {name: fingerprint(path) for name, path in paths.items()}}
+    return record
 
 
 def read_args(folder):
@@ -839,33 +841,45 @@ def read_args(folder):
     path = folder / "args.json"
     record = read_json(path)
     with reading(path):
-        odd = record.keys() ^ recorded(Settings(), {}).keys()
+        odd = record.keys() ^ {*recorded(Settings()), "files"}
         if odd:
             raise InputError(f"{path}: of another version, at {', '.join(sorted(odd))}")
         record["files"] = dict(record["files"])
     return record
 
 
-def check_run_folder(folder, record, resume, paths):
+def check_run_folder(folder, settings):
     """InputError for a folder that holds another run, or this one without --resume."""
     if not (folder / "args.json").exists():
         if any(folder.glob("*.safetensors")):
             raise InputError(f"{folder}: holds files of a run, but not its args.json")
-        if resume:
+        if settings.resume:
             note(f"{folder}: no run to go on with, so one begins")
         return
-    if not resume:
+    if not settings.resume:
         remedy = "--resume goes on with it, --out names another folder"
         raise InputError(f"{folder}: holds a run already; {remedy}")
-    before = read_args(folder)
-    for name in record.keys() - {*PLACES, "files"}:
-        if before[name] != record[name]:
-            changed = f"{flag_of(name)} {before[name]}, now {flag_of(name)} {record[name]}"
+    before, now = read_args(folder), recorded(settings)
+    for name in now.keys() - PLACES:
+        if before[name] != now[name]:
+            changed = f"{flag_of(name)} {before[name]}, now {flag_of(name)} {now[name]}"
             raise InputError(f"{folder}: was run with {changed}; --resume needs the same")
-    for name in sorted(before["files"].keys() | record["files"].keys()):
-        if before["files"].get(name) != record["files"].get(name):
-            changed = f"{paths.get(name, name)} has changed since the run began"
-            raise InputError(f"{folder}: {changed}; --resume needs the same")
+
+
+def record_args(folder, settings, paths):
+    """Write args.json. InputError that names a file that has changed since the run began.
+
+    paths: name -> path of all that the run reads. -> name -> fingerprint
+    """
+    files = {name: fingerprint(path) for name, path in paths.items()}
+    if (folder / "args.json").exists():
+        before = read_args(folder)["files"]
+        for name in sorted(before.keys() | files.keys()):
+            if before.get(name) != files.get(name):
+                changed = f"{paths.get(name, name)} has changed since the run began"
+                raise InputError(f"{folder}: {changed}; --resume needs the same")
+    write(folder / "args.json", recorded(settings) | {"files": files})
+    return files
 
 
 def merged(learners):
@@ -952,22 +966,18 @@ def choose_pairs(choice, folder, split):
 
 
 def open_checkpoint(folder):
-    """The Config and the tokenizer of a checkpoint. InputError where they do not fit together."""
+    """-> Config, tokenizer, and name in args.json -> path of all files of a checkpoint that are read
+
+    InputError where the two do not fit together.
+    """
     config, tokenizer = Config.from_folder(folder), load_tokenizer(folder)
     if tokenizer.vocab_size > config.vocab_size:
-        raise InputError(
-            f"{tokenizer.paths[0]} has {tokenizer.vocab_size} tokens, "
-            f"config.json an embedding of {config.vocab_size}"
-        )
-    return config, tokenizer
-
-
-def checkpoint_paths(folder, tokenizer):
-    """All files of a checkpoint that are read. -> name in args.json -> path"""
+        found = f"{tokenizer.paths[0]} has {tokenizer.vocab_size} tokens"
+        raise InputError(f"{found}, config.json an embedding of {config.vocab_size}")
     folder = Path(folder)
     paths = [folder / "config.json", *tokenizer.paths, *checkpoint_files(folder)]
     paths += folder.glob("model.safetensors.index.json")
-    return {f"weights/{path.name}": path for path in paths}
+    return config, tokenizer, {f"weights/{path.name}": path for path in paths}
 
 
 class Inputs(NamedTuple):
@@ -988,15 +998,15 @@ def render_examples(tokenizer, pair, text, settings, what):
     """Rendered examples that fit into max_tokens; the others are counted. InputError for none."""
     rendered = [render(tokenizer, pair, source, target) for source, target in text]
     kept = short_enough(rendered, settings.max_tokens)
-    if len(kept) < len(rendered):
-        skipped = f"{len(rendered) - len(kept)} of {len(rendered)} examples"
-        note(f"{what} {pair}: skipped {skipped}, over --max-tokens {settings.max_tokens}")
     if not kept:
         shortest = min(len(prompt) + len(target) for prompt, target in rendered)
         found = (
             f"all {len(rendered)} {what} examples of {pair}, the shortest with {shortest} tokens"
         )
         raise InputError(f"{found}, are longer than --max-tokens {settings.max_tokens}")
+    if len(kept) < len(rendered):
+        skipped = f"{len(rendered) - len(kept)} of {len(rendered)} examples"
+        note(f"{what} {pair}: skipped {skipped}, over --max-tokens {settings.max_tokens}")
     return kept
 
 
@@ -1141,7 +1151,7 @@ def train(model, tokenizer, learners, text, valid, settings, folder, weight_deca
     model.checkpointing = settings.checkpointing
     batches = step_batches(tokenizer, text, settings, start)
     steps = training_steps(model, learners, batches, total, optimizer, settings.lr, start)
-    with open(log_path if first_process() else os.devnull, "a", encoding="utf-8") as log:
+    with open(os.devnull if process_number() else log_path, "a", encoding="utf-8") as log:
         for entry in steps:
             step, loss, norm = entry["step"], entry["loss"], entry["gradient_norm"]
             if not math.isfinite(loss) or not math.isfinite(norm):
@@ -1230,7 +1240,7 @@ def run(settings):
     if not settings.data:
         raise InputError("--data names no folder of parallel text")
     folder = Path(settings.out or f"runs/{settings.pair}")
-    with locked(folder) if first_process() else nullcontext():
+    with nullcontext() if process_number() else locked(folder):
         return tune(settings, folder)
 
 
@@ -1238,17 +1248,15 @@ def tune(settings, folder):
     """The whole method; each step leaves a file in the run folder, a resumed run skips those done."""
     started = time.monotonic()
     device, dtype = choose_device(settings)
-    settings = replace(settings, device=device.type, dtype=str(dtype).removeprefix("torch."))
+    check_run_folder(folder, settings)
+    wait_for_all()  # until all have looked for what the first process writes from now on
     tuned = choose_pairs(settings.pair, settings.data, "train")
-    config, tokenizer = open_checkpoint(settings.weights)
+    config, tokenizer, paths = open_checkpoint(settings.weights)
     select_layers(torch.zeros(config.layers - 1), settings.layers)  # too many show at once
     inputs = read_inputs(tokenizer, tuned, settings)
-    paths = checkpoint_paths(settings.weights, tokenizer) | inputs.paths
-    record = recorded(settings, paths)
-    check_run_folder(folder, record, settings.resume, paths)
-    wait_for_all()  # until all have looked for what the first process writes from now on
+    paths |= inputs.paths
     model = load_model(settings.weights, device, dtype, config).requires_grad_(False)
-    write(folder / "args.json", record)
+    fingerprints = record_args(folder, settings, paths)
     size = sum(p.numel() for p in model.parameters())
     say(f"{settings.weights}: {config.family}, {config.layers} layers, {size:,} parameters")
     say(f"{dtype} on {device}")
@@ -1291,8 +1299,7 @@ def tune(settings, folder):
         load_parameters(tuned_path, read_tensors(tuned_path), merged(learners))
     else:
         train(model, tokenizer, learners, inputs.train, inputs.valid, settings, folder)
-    if first_process():
-        (folder / "state.safetensors").unlink(missing_ok=True)
+    (folder / "state.safetensors").unlink(missing_ok=True)
     show_training(folder / "log.jsonl", settings.max_tokens)
 
     print("\n5. Translating again", flush=True)
@@ -1300,7 +1307,7 @@ def tune(settings, folder):
     with reading(folder / "results.json"):
         show_table(results, tuned)
     for name, path in paths.items():
-        if fingerprint(path) != record["files"][name]:
+        if fingerprint(path) != fingerprints[name]:
             note(f"{path} changed while the run used it: what was found is of neither version")
     print(f"\nIt took {time.monotonic() - started:.0f} s; everything is in {folder}", flush=True)
     return results
@@ -1327,10 +1334,6 @@ def read_groups(path, config):
     return groups
 
 
-def tuned_pairs(groups):
-    return set().union(*(group["share"] for group in groups.values()))
-
-
 TAKEN_OVER = "weights", "dtype", "beams", "no_routing"  # from the run, where they are not given
 WITH_TUNED = {*TAKEN_OVER, "pair", "device", "cache_gb", "translate", "tuned", "export"}
 
@@ -1348,24 +1351,25 @@ def settings_of_run(given):
 
 
 def load_tuned(settings):
-    """What a finished run made. -> Decoder, tokenizer, groups
+    """What a finished run made. -> Decoder, tokenizer, tuned pair -> {name: Parameter}
 
     InputError where the weights are not those that it tuned.
     """
     folder = Path(settings.tuned)
     device, dtype = choose_device(settings)
-    config, tokenizer = open_checkpoint(settings.weights)
+    config, tokenizer, paths = open_checkpoint(settings.weights)
     files = read_args(folder)["files"]
-    for name, path in checkpoint_paths(settings.weights, tokenizer).items():
+    for name, path in paths.items():
         if fingerprint(path) != files.get(name):
             raise InputError(f"{path}: not the file that {folder} was tuned on")
     groups = read_groups(folder / "neurons.json", config)
     model = load_model(settings.weights, device, dtype, config)
     install_routing(model, groups, not settings.no_routing)
-    learners = {pair: what_learns(model, pair) for pair in tuned_pairs(groups)}
+    pairs = set().union(*(group["share"] for group in groups.values()))
+    learners = {pair: what_learns(model, pair) for pair in pairs}
     tuned_path = folder / "tuned.safetensors"
     load_parameters(tuned_path, read_tensors(tuned_path), merged(learners))
-    return model, tokenizer, groups
+    return model, tokenizer, learners
 
 
 LINES_AT_A_TIME = 1000  # sorted by length; their translations come in order
@@ -1375,8 +1379,8 @@ def translate(settings):
     """Translate lines with a finished run, to stdout: one line out for each line in."""
     split_pair(settings.pair)
     lines = read_lines("/dev/stdin" if settings.translate == "-" else settings.translate)
-    model, tokenizer, groups = load_tuned(settings)
-    if settings.pair not in tuned_pairs(groups):
+    model, tokenizer, learners = load_tuned(settings)
+    if settings.pair not in learners:
         note(f"{settings.pair} was not tuned in {settings.tuned}: general neurons, no routing")
     progress, cut = Progress("translating", len(lines), "lines"), 0
     for first in range(0, len(lines), LINES_AT_A_TIME):
@@ -1430,7 +1434,9 @@ def main(argv=None):
     def command():
         with torchrun():
             given = parse_arguments(argv)
-            settings = settings_of_run(given) if given.get("tuned") else Settings(**given)
+            settings = Settings(**given)
+            if settings.tuned:
+                settings = settings_of_run(given)
             torch.manual_seed(settings.seed)
             if process_count() > 1 and (settings.tuned or not settings.weights):
                 raise InputError("torchrun is for tuning a checkpoint; run this one without")

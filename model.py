@@ -18,7 +18,7 @@ import math
 import re
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -48,7 +48,7 @@ class Config:
     positions: str = "rotary"  # or "alibi"
     rotary_base: float = 10000.0
     rotary_scaling: dict | None = None  # as config.json has it, of type linear or llama3
-    window: int | None = None  # tokens that attention sees; longer input is refused
+    sliding_window: int = 2**24 - 1  # tokens that attention sees; longer input is refused
     norm: str = "rms"  # or "layer", with bias
     norm_eps: float = 1e-6
     embedding_norm: bool = False  # a norm right after the embedding
@@ -72,7 +72,10 @@ class Config:
     def from_json(cls, published, where="config.json"):
         """Config from the contents of a config.json; `where` names it in errors."""
         with reading(where):
-            return read_config(published, where)
+            try:
+                return read_config(published)
+            except InputError as error:
+                raise InputError(f"{where}: {error}") from None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -105,7 +108,10 @@ class Linear(nn.Linear):
     ready = None  # what operands() gave, while cast_once is open
 
     def reset_parameters(self):
-        """Nothing: the Decoder fills new weights, and load_model and FFN.part bring their own."""
+        """New weights are N(0, 0.02), biases zero."""
+        nn.init.normal_(self.weight, std=0.02)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def operands(self, dtype):
         """Weight and bias as a product in that type takes them."""
@@ -196,11 +202,9 @@ def rotary_angles(config, mask, queries, keys, device):
 
     mask [B, keys] or None -> two of [1 or B, 1, queries, d], fp32
     """
-    positions = (
-        torch.arange(keys, device=device)[None]
-        if mask is None
-        else (mask.cumsum(1) - 1).clamp(min=0)
-    )
+    if mask is None:
+        mask = torch.ones(1, keys, dtype=torch.bool, device=device)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)  # the rank among real tokens
     frequencies = rotary_frequencies(config, device)
     angles = positions[:, None, keys - queries :, None].float() * frequencies
     angles = torch.cat([angles, angles], dim=-1)
@@ -334,25 +338,19 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks, final norm, head. New weights are N(0, 0.02), biases zero."""
+    """Embedding, blocks, final norm, head."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.checkpointing = False  # recompute blocks in the backward pass, keep inputs alone
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        nn.init.normal_(self.embedding.weight, std=0.02)
         self.embedding_norm = make_norm(config) if config.embedding_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.final_norm = make_norm(config)
         if config.head != "tied":
             self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        for name, parameter in self.named_parameters():
-            if parameter.is_meta or "norm" in name:
-                continue
-            if name.endswith("bias"):
-                nn.init.zeros_(parameter)
-            else:
-                nn.init.normal_(parameter, std=0.02)
 
     def forward(self, ids, mask=None):
         """Logits of the next token at every position. ids [B, T], mask [B, T] or None -> [B, T, V]
@@ -378,9 +376,11 @@ class Decoder(nn.Module):
             mask = None if cache.mask is None else cache.mask[:, :keys]
         elif mask is not None and mask[:, 0].all():
             mask = None  # right padding: causal order already hides it from every real token
-        if self.config.window is not None and keys > self.config.window:
-            found = f"{keys} tokens, {self.config.family} attends to {self.config.window} at once"
-            raise InputError(f"{found} (sliding_window), which is not supported")
+        if keys > self.config.sliding_window:
+            raise InputError(
+                f"{keys} tokens, {self.config.family} attends to {self.config.sliding_window} at once"
+                " (sliding_window), which is not supported"
+            )
         x = self.embedding_norm(self.embedding(ids))  # [B, T, D]
         bias = attention_bias(self.config, mask, new, keys, ids.device, x.dtype)
         angles = None
@@ -418,6 +418,10 @@ class Decoder(nn.Module):
         logits = functional.linear(hidden, weight)
         return logits if norms is None else (logits / norms).to(logits.dtype)
 
+    def next_logits(self, ids, cache, head):
+        """Read new tokens of each row of the cache. ids [rows, T] -> logits of the next, [rows, V]"""
+        return self.logits(self.hidden_states(ids, cache=cache)[:, -1], head)
+
     @torch.inference_mode()
     def generate(self, ids, mask, max_new_tokens, eos_id, beams=1, vocab_size=None, line_ends=None):
         """Continue prompts: greedy, or beam search by log-probability a token, the last one counted.
@@ -428,29 +432,26 @@ class Decoder(nn.Module):
         (pass the tokenizer's, since an embedding may have more rows).
         -> list of B lists of new ids, eos excluded
         """
-        B, device = len(ids), ids.device
-        limits = torch.as_tensor(max_new_tokens, device=device).expand(B)
+        B = len(ids)
+        limits = torch.as_tensor(max_new_tokens, device=ids.device).expand(B)
         if B == 0 or limits.max() == 0:
             return [[] for _ in range(B)]
         if mask is None:
             mask = torch.ones_like(ids, dtype=torch.bool)
+        eos_ids = [eos_id] if isinstance(eos_id, int) else list(eos_id)
         order = mask.sum(1).argsort(descending=True, stable=True)  # long prompts first
+        ids, mask, limits = ids[order], mask[order], limits[order]
         head = self.head_weight(vocab_size)
+        ends = which_end(eos_ids, line_ends, len(head[0]), ids.device)
         with cast_once(self):
-            cache, logits = read_prompts(
-                self, head, ids[order], mask[order], int(limits.max()), beams
-            )
-
-            def next_logits(token):
-                """The newest token of each row, [rows, 1] -> logits of the one after it, [rows, V]"""
-                return self.logits(self.hidden_states(token, cache=cache)[:, -1], head)
-
-            ends = Ends(eos_id, line_ends, logits.shape[1], device)
-            search = next_logits, logits, cache, limits[order], ends
-            new, lengths = greedy_search(*search) if beams == 1 else beam_search(*search, beams)
+            cache, logits = read_prompts(self, head, ids, mask, int(limits.max()), beams)
+            if beams == 1:
+                new, lengths = greedy_search(self, head, cache, logits, limits, ends)
+            else:
+                new, lengths = beam_search(self, head, cache, logits, limits, ends, beams)
         continuations = [None] * B
         for b, row, length in zip(order.tolist(), new.tolist(), lengths.tolist()):
-            continuations[b] = row[:length]
+            continuations[b] = [token for token in row[:length] if token not in eos_ids]
         return continuations
 
 
@@ -473,7 +474,8 @@ class Cache:
     """
 
     def __init__(self, stores, mask, rows):
-        self.stores, self.mask, self.rows, self.length = stores, mask, rows, 0
+        self.stores, self.mask, self.rows = stores, mask, rows
+        self.length = 0
 
     @classmethod
     def empty(cls, model, rows, tokens, mask=None):
@@ -536,8 +538,7 @@ def read_prompts(model, head, ids, mask, max_new_tokens, beams):
             # Padding is masked, but memory that was never written may be NaN, and 0 * NaN is NaN.
             store[:, first:last, :, :start] = 0
         chunk = cache.part(first, last, start)
-        hidden = model.hidden_states(ids[first:last, start:], cache=chunk)
-        logits.append(model.logits(hidden[:, -1], head))
+        logits.append(model.next_logits(ids[first:last, start:], chunk, head))
     cache.rows, cache.length = B, T
     return cache, torch.cat(logits)
 
@@ -553,27 +554,21 @@ def survivors(alive):
     return order
 
 
-class Ends:
-    """Which tokens end a continuation: eos_id, one or several, and what ends its line (LineEnds)."""
-
-    def __init__(self, eos_id, line_ends, vocab_size, device):
-        self.eos = torch.zeros(vocab_size, dtype=torch.bool)  # [V]
-        for token in [eos_id] if isinstance(eos_id, int) else eos_id:
-            self.eos[token] = True
-        self.visible = torch.zeros_like(self.eos)  # [V]
-        self.ending = self.eos.repeat(2, 1)  # [2, V]: before the line shows something, and after
-        if line_ends is not None:
-            self.visible = line_ends.visible
-            self.ending |= torch.stack([line_ends.ends_before, line_ends.ends_after])
-        self.eos, self.visible = self.eos.to(device), self.visible.to(device)
-        self.ending = self.ending.to(device)
+def which_end(eos_ids, line_ends, vocab_size, device):
+    """Which tokens are visible, [V] bool, and which end a continuation, [2, V] bool: in the first row
+    if its line shows nothing so far, in the second if it does. line_ends: data.LineEnds or None"""
+    visible, before, after = line_ends or torch.zeros(3, vocab_size, dtype=torch.bool)
+    ending = torch.stack([before, after])
+    ending[:, [id for id in eos_ids if id < vocab_size]] = True
+    return visible.to(device), ending.to(device)
 
 
-def greedy_search(next_logits, logits, cache, limits, ends):
+def greedy_search(model, head, cache, logits, limits, ends):
     """The likeliest token, again and again; finished sentences leave.
 
     logits of the first new token [B, V], limits [B] -> new ids [B, largest limit], lengths [B]
     """
+    visible, ending = ends
     sentence = torch.arange(len(logits), device=logits.device)  # which one each live row is
     begun = torch.zeros_like(sentence, dtype=torch.bool)  # whether its line shows something
     new = sentence.new_zeros(len(logits), int(limits.max()))
@@ -581,70 +576,64 @@ def greedy_search(next_logits, logits, cache, limits, ends):
     for step in range(new.shape[1]):
         token = logits.max(-1).indices  # argmax, several times faster on the CPU
         new[sentence, step] = token
-        ended = ends.ending[begun.long(), token]
-        begun = begun | ends.visible[token]
+        ended = ending[begun.long(), token]
+        begun = begun | visible[token]
         alive = ~ended & (limits > step + 1)
         if not alive.all():
-            lengths[sentence[ended]] = step + (~ends.eos[token[ended]]).long()
+            lengths[sentence[ended]] = step + 1
             order = survivors(alive)
             cache.select(order)
             sentence, token = sentence[order], token[order]
             begun, limits = begun[order], limits[order]
         if len(sentence) == 0:
             break
-        logits = next_logits(token[:, None])
+        logits = model.next_logits(token[:, None], cache, head)
     return new, lengths
 
 
-def beam_search(next_logits, logits, cache, limits, ends, beams):
+def beam_search(model, head, cache, logits, limits, ends, beams):
     """The likeliest continuation, by log-probability a token, that `beams` parallel ones find.
 
-    Each step scores every token after each of the `beams` live hypotheses of a sentence. Of the best
-    `beams` of these candidates, those that end are finished hypotheses. The best `beams` that do
-    not end live on. A sentence is done at its limit, which ends every candidate, or when `beams`
-    hypotheses have finished and no live one has a better score so far than the worst of them. It is
-    what transformers does with num_beams, length_penalty 1 and early_stopping False.
-
-    logits of the first new token [B, V], limits [B] -> new ids [B, largest limit], lengths [B]
+    Each step scores every token after each of a sentence's `beams` live hypotheses. Of the best
+    `beams` of these candidates, those that end are finished. The best `beams` that do not end live
+    on. At its limit, every hypothesis ends. A sentence is done when `beams` hypotheses are finished
+    and no live one scores higher so far than the worst of the best `beams` finished ones: what
+    transformers does with early_stopping=False. Arguments and result are greedy_search's.
     """
+    visible, ending = ends
     B, V = logits.shape
     prompt_length = cache.length
-    sentence = torch.arange(B, device=logits.device)  # [S] the S live sentences
+    sentence = torch.arange(B, device=logits.device)  # [S] which ones are live
     tokens = sentence.new_zeros(B, beams, int(limits.max()))  # [S, beams, largest limit]
     begun = torch.zeros_like(tokens[:, :, 0], dtype=torch.bool)  # [S, beams]
-    total = logits.new_full(
-        (B, beams), -torch.inf, dtype=torch.float32
-    )  # [S, beams] log-probability
-    finished = total.clone()  # [S, beams] the best scores of what has ended, the highest first
-    total[:, 0] = 0  # the beams are alike at first: one alone is continued
+    total = torch.full_like(begun, -torch.inf, dtype=torch.float)  # [S, beams] log-probability
+    finished = total.clone()  # [S, beams] the highest scores of what has ended, in order
+    total[:, 0] = 0  # the beams are alike at first: one alone goes on
     best, best_length = torch.zeros_like(tokens[:, 0]), torch.zeros_like(sentence)
     cache.select(sentence.repeat_interleave(beams))
     logits = logits.repeat_interleave(beams, dim=0)
-
     for step in range(tokens.shape[2]):
         S = len(sentence)
         row = torch.arange(S, device=logits.device)
         at_limit = limits == step + 1  # [S]
-        ending = ends.ending[begun.long()]  # [S, beams, V]
+        ends_here = ending[begun.long()]  # [S, beams, V]
         candidates = logits.float().log_softmax(-1).view(S, beams, V) + total[:, :, None]
 
         score, choice = candidates.flatten(1).topk(beams)  # [S, beams]
-        ended = ending.flatten(1).gather(1, choice) | at_limit[:, None]
+        ended = ends_here.flatten(1).gather(1, choice) | at_limit[:, None]
         score = (score / (step + 1)).masked_fill(~ended, -torch.inf)
         top_score, top = score.max(1)  # [S]
         better = top_score > finished[:, 0]
-        beam, token = choice[row, top] // V, choice[row, top] % V
-        hypothesis = tokens[row, beam]
-        hypothesis[:, step] = token
-        best[sentence[better]] = hypothesis[better]
-        best_length[sentence[better]] = step + (~ends.eos[token[better]]).long()
+        hypothesis = tokens[row, choice[row, top] // V]  # [S, largest limit]
+        hypothesis[:, step] = choice[row, top] % V
+        best[sentence[better]], best_length[sentence[better]] = hypothesis[better], step + 1
         finished = torch.cat([finished, score], 1).topk(beams).values
 
-        total, choice = candidates.masked_fill_(ending, -torch.inf).flatten(1).topk(beams)
+        total, choice = candidates.masked_fill_(ends_here, -torch.inf).flatten(1).topk(beams)
         beam, token = choice // V, choice % V  # [S, beams]
         tokens = tokens.gather(1, beam[:, :, None].expand_as(tokens))
         tokens[:, :, step] = token
-        begun = begun.gather(1, beam) | ends.visible[token]
+        begun = begun.gather(1, beam) | visible[token]
 
         alive = ~at_limit & (total[:, 0] / (step + 1) > finished[:, -1])
         order = survivors(alive)
@@ -655,7 +644,7 @@ def beam_search(next_logits, logits, cache, limits, ends, beams):
         cache.select((order[:, None] * beams + beam[order]).flatten(), start)
         sentence, limits, tokens = sentence[order], limits[order], tokens[order]
         begun, total, finished = begun[order], total[order], finished[order]
-        logits = next_logits(token[order].view(-1, 1))
+        logits = model.next_logits(token[order].view(-1, 1), cache, head)
     return best, best_length
 
 
@@ -663,8 +652,8 @@ def beam_search(next_logits, logits, cache, limits, ends, beams):
 # Published checkpoints
 
 
-# A family is a reader of its config.json, and a map of names: our module to the published one, "{}"
-# for the layer. Where query, key and value are three tensors, their rows are concatenated.
+# A family is a reader of its config.json and a map of names. Config's defaults say what is usual, a
+# reader what differs. Absent keys mean what transformers takes them for.
 
 
 def switch(published, key, default=False):
@@ -686,13 +675,106 @@ def first_of(published, *keys):
     raise KeyError(" or ".join(keys))
 
 
-def split_heads(hidden_size, heads):
-    """-> head size. InputError where heads do not divide the hidden size."""
-    if hidden_size % heads:
+def read_sizes(published, tied=False):
+    """What every family says, by any of its names. tied: the head, if no key says so."""
+    hidden_size = first_of(published, "n_embed", "hidden_size")
+    heads = first_of(published, "n_head", "num_attention_heads")
+    if published.get("head_dim") is None and hidden_size % heads:
         raise InputError(f"hidden size {hidden_size} does not divide into {heads} heads")
-    return hidden_size // heads
+    return dict(
+        vocab_size=published["vocab_size"],
+        hidden_size=hidden_size,
+        ffn_size=published.get("intermediate_size", 4 * hidden_size),
+        layers=first_of(published, "n_layer", "num_hidden_layers"),
+        heads=heads,
+        kv_heads=published.get("num_key_value_heads") or heads,
+        head_size=published.get("head_dim") or hidden_size // heads,
+        head="tied" if switch(published, "tie_word_embeddings", tied) else "plain",
+    )
 
 
+def read_bloom(published):
+    """BLOOM's config.json, published (n_embed, num_attention_heads) or re-saved (hidden_size)."""
+    return read_sizes(published, tied=True) | dict(
+        max_length=published.get("seq_length", 2048),
+        positions="alibi",
+        norm="layer",
+        norm_eps=published.get("layer_norm_epsilon", 1e-5),
+        embedding_norm=True,
+        residual_after_norm=switch(published, "apply_residual_connection_post_layernorm"),
+        query_key_value="interleaved",
+        query_key_value_bias=True,
+        output_bias=True,
+        gated=False,
+        ffn_bias=True,
+    )
+
+
+def read_baichuan(published):
+    """Baichuan's config.json, v1 and v2, 7B and 13B.
+
+    The files do not say which they are: the 13B models, with ALiBi, lack max_position_embeddings,
+    and only v2, with its normalized head, has 125696 rows. `positions` and `normalize_head` are
+    keys of this project's own small checkpoints, where neither sign holds.
+    """
+    length = published.get("max_position_embeddings")
+    normalized = switch(published, "normalize_head", published["vocab_size"] == 125696)
+    positions = published.get("positions", "rotary" if length else "alibi")
+    if positions not in ("alibi", "rotary"):
+        raise InputError(f"positions is {positions!r}, expected alibi or rotary")
+    return read_llama(published) | dict(
+        max_length=length or published.get("model_max_length", 4096),
+        positions=positions,
+        head="normalized" if normalized else "plain",
+    )
+
+
+def read_llama(published):
+    """The config.json of LLaMA 1 to 3, ALMA, Tower."""
+    bias = switch(published, "attention_bias")
+    return read_sizes(published) | dict(
+        max_length=published.get("max_position_embeddings", 2048),
+        norm_eps=published.get("rms_norm_eps", 1e-6),
+        query_key_value_bias=bias,
+        output_bias=bias,
+        ffn_bias=switch(published, "mlp_bias"),
+        **read_rotary(published),
+    )
+
+
+def read_rotary(published):
+    """Base and scaling of rotary positions, in either spelling. -> fields of Config"""
+    # rope_parameters: of files saved since transformers 5.
+    scaling = published.get("rope_parameters") or published.get("rope_scaling") or {}
+    base = float(scaling.get("rope_theta", published.get("rope_theta", 10000.0)))
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return dict(rotary_base=base)
+    if kind not in ("linear", "llama3"):
+        raise InputError(f"rope_scaling of type {kind!r}, expected default, linear or llama3")
+    if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise InputError("rope_scaling: low_freq_factor is not below high_freq_factor")
+    return dict(rotary_base=base, rotary_scaling=scaling | {"rope_type": kind})
+
+
+def read_mistral(published):
+    """Mistral's config.json. Without num_key_value_heads it has 8, without sliding_window 4096."""
+    usual = {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096}
+    fields, window = read_llama(usual | published), published.get("sliding_window", 4096)
+    return fields if window is None else fields | {"sliding_window": window}
+
+
+def read_qwen2(published):
+    """Qwen2's config.json. Query, key and value have biases, and no key says so."""
+    fields = read_llama({"num_key_value_heads": 32, "max_position_embeddings": 32768} | published)
+    fields |= {"query_key_value_bias": True, "output_bias": False, "ffn_bias": False}
+    if switch(published, "use_sliding_window"):
+        fields["sliding_window"] = published.get("sliding_window", 4096)
+    return fields
+
+
+# The trap: BLOOM's and Baichuan's fused query, key and value have the same shape, but BLOOM's rows
+# are interleaved and Baichuan's stacked. A mix-up loads cleanly and computes garbage.
 BLOOM_NAMES = {
     "embedding": "word_embeddings",
     "embedding_norm": "word_embeddings_layernorm",
@@ -705,35 +787,6 @@ BLOOM_NAMES = {
     "final_norm": "ln_f",
     "head": "lm_head",
 }
-
-
-def read_bloom(published):
-    """BLOOM's config.json, published (n_embed, num_attention_heads) or re-saved (hidden_size)."""
-    hidden_size = first_of(published, "n_embed", "hidden_size")
-    heads = first_of(published, "n_head", "num_attention_heads")
-    return dict(
-        vocab_size=published["vocab_size"],
-        hidden_size=hidden_size,
-        ffn_size=4 * hidden_size,
-        layers=first_of(published, "n_layer", "num_hidden_layers"),
-        heads=heads,
-        kv_heads=heads,
-        head_size=split_heads(hidden_size, heads),
-        max_length=published.get("seq_length", 2048),
-        positions="alibi",
-        norm="layer",
-        norm_eps=published.get("layer_norm_epsilon", 1e-5),
-        embedding_norm=True,
-        residual_after_norm=switch(published, "apply_residual_connection_post_layernorm"),
-        query_key_value="interleaved",
-        query_key_value_bias=True,
-        output_bias=True,
-        gated=False,
-        ffn_bias=True,
-        head="tied" if switch(published, "tie_word_embeddings", True) else "plain",
-    )
-
-
 LLAMA_NAMES = {
     "embedding": "model.embed_tokens",
     "blocks.{}.attention_norm": "model.layers.{}.input_layernorm",
@@ -750,97 +803,9 @@ LLAMA_NAMES = {
     "final_norm": "model.norm",
     "head": "lm_head",
 }
+PACKED = {"blocks.{}.attention.query_key_value": "model.layers.{}.self_attn.W_pack"}
 INVERSE_FREQUENCIES = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"  # recomputed, in fp32
-
-
-def read_sizes(published):
-    """The keys that LLaMA and all that came after it share. -> fields of Config"""
-    heads = published["num_attention_heads"]
-    return dict(
-        vocab_size=published["vocab_size"],
-        hidden_size=published["hidden_size"],
-        ffn_size=published["intermediate_size"],
-        layers=published["num_hidden_layers"],
-        heads=heads,
-        kv_heads=published.get("num_key_value_heads") or heads,
-        head_size=published.get("head_dim") or split_heads(published["hidden_size"], heads),
-        norm_eps=published.get("rms_norm_eps", 1e-6),
-    )
-
-
-def read_baichuan(published):
-    """Baichuan's config.json, v1 and v2, 7B and 13B.
-
-    The files do not say which they are: the 13B models, with ALiBi, lack max_position_embeddings,
-    and only v2, with its normalized head, has 125696 rows. `positions` and `normalize_head` are
-    keys of this project's own small checkpoints, where neither sign holds.
-
-    The trap: W_pack has the shape of BLOOM's fused weight, but its rows are stacked, not interleaved.
-    A mix-up loads cleanly and computes garbage.
-    """
-    length = published.get("max_position_embeddings")
-    normalized = switch(published, "normalize_head", published["vocab_size"] == 125696)
-    return read_sizes(published) | dict(
-        max_length=length or published.get("model_max_length", 4096),
-        positions=published.get("positions", "rotary" if length else "alibi"),
-        head="normalized" if normalized else "plain",
-    )
-
-
-def read_llama(published):
-    """LLaMA's config.json: LLaMA 1 to 3, ALMA, Tower. Absent keys mean what transformers says."""
-    bias = switch(published, "attention_bias")
-    return read_sizes(published) | dict(
-        max_length=published.get("max_position_embeddings", 2048),
-        query_key_value_bias=bias,
-        output_bias=bias,
-        ffn_bias=switch(published, "mlp_bias"),
-        head="tied" if switch(published, "tie_word_embeddings") else "plain",
-        **read_rotary(published),
-    )
-
-
-def read_mistral(published):
-    """Mistral's config.json. Without num_key_value_heads it has 8, without sliding_window 4096."""
-    fields = read_llama({"num_key_value_heads": 8, "max_position_embeddings": 131072} | published)
-    return fields | {"window": published.get("sliding_window", 4096)}
-
-
-def read_qwen2(published):
-    """Qwen2's config.json. Query, key and value have biases, and no key says so."""
-    fields = read_llama({"num_key_value_heads": 32, "max_position_embeddings": 32768} | published)
-    fields |= {"query_key_value_bias": True, "output_bias": False, "ffn_bias": False}
-    if switch(published, "use_sliding_window"):
-        fields["window"] = published.get("sliding_window", 4096)
-    return fields
-
-
-ROTARY_SCALINGS = {  # what each kind needs
-    "default": [],
-    "linear": ["factor"],
-    "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"],
-}
-
-
-def read_rotary(published):
-    """Base and scaling of rotary positions, in either spelling. -> fields of Config"""
-    # rope_parameters: of files saved since transformers 5.
-    scaling = published.get("rope_parameters") or published.get("rope_scaling") or {}
-    base = scaling.get("rope_theta", published.get("rope_theta", 10000.0))
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in ROTARY_SCALINGS:
-        raise InputError(f"rope_scaling of type {kind!r}, expected {', '.join(ROTARY_SCALINGS)}")
-    for name in ROTARY_SCALINGS[kind]:
-        if not scaling[name] > 0:
-            raise InputError(
-                f"rope_scaling: {name} is {scaling[name]!r}, expected a number above 0"
-            )
-    if not base > 1:
-        raise InputError(f"rope_theta is {base!r}, expected a number above 1")
-    if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
-        raise InputError("rope_scaling: low_freq_factor is not below high_freq_factor")
-    scaling = None if kind == "default" else scaling | {"rope_type": kind}
-    return dict(rotary_base=float(base), rotary_scaling=scaling)
+HEAD = r"lm_head\.weight"  # a file may repeat a tied one
 
 
 class Family(NamedTuple):
@@ -848,29 +813,18 @@ class Family(NamedTuple):
 
     read: Callable  # contents of config.json -> fields of Config; a KeyError names a missing key
     names: dict  # our module -> the published one, "{}" for the layer; a tuple: rows concatenated
+    drops: str  # regex of tensors that files may have and the model does not need
+    computes: dict  # keys of config.json, and the one value that they may have if they are there
     prefix: str = ""  # may stand before every published name
-    drops: str = "(?!)"  # regex of tensors that files may have and the model does not need
-    activation: str = "silu"  # what hidden_act says, where config.json has it
-    refuses: tuple = ()  # keys of config.json that must not be set
 
 
-# A file may repeat a tied head.
-LLAMA = Family(read_llama, LLAMA_NAMES, drops=rf"{INVERSE_FREQUENCIES}|lm_head\.weight")
+GELU = {"quantization_config": None, "rope_scaling": None, "hidden_act": "gelu"}
+SILU = {"quantization_config": None, "hidden_act": "silu"}
+LLAMA = Family(read_llama, LLAMA_NAMES, f"{INVERSE_FREQUENCIES}|{HEAD}", SILU)
 FAMILIES = {
-    "bloom": Family(
-        read=read_bloom,
-        names=BLOOM_NAMES,
-        prefix="transformer.",
-        drops=r"lm_head\.weight",
-        activation="gelu",
-        refuses=("rope_scaling",),
-    ),
+    "bloom": Family(read_bloom, BLOOM_NAMES, HEAD, GELU, prefix="transformer."),
     "baichuan": Family(
-        read=read_baichuan,
-        names=LLAMA_NAMES
-        | {"blocks.{}.attention.query_key_value": "model.layers.{}.self_attn.W_pack"},
-        drops=INVERSE_FREQUENCIES,
-        refuses=("rope_scaling",),
+        read_baichuan, LLAMA_NAMES | PACKED, INVERSE_FREQUENCIES, SILU | {"rope_scaling": None}
     ),
     "llama": LLAMA,
     "mistral": LLAMA._replace(read=read_mistral),
@@ -878,50 +832,32 @@ FAMILIES = {
 }
 
 
-def read_config(published, where):
+def read_config(published):
     """The contents of a config.json -> Config. What would be another function is refused by name."""
     name = published.get("model_type")
     if name not in list(FAMILIES):
-        raise InputError(f"{where}: model_type is {name!r}, expected one of {', '.join(FAMILIES)}")
+        raise InputError(f"model_type is {name!r}, expected one of {', '.join(FAMILIES)}")
     family = FAMILIES[name]
-    try:
-        config = Config(family=name, published=published, **family.read(published))
-        check_config(config)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from None
-    for key in ("quantization_config", *family.refuses):
-        if published.get(key) is not None:
-            raise InputError(f"{where}: {key} is set, which is not supported")
-    activation = published.get("hidden_act", family.activation)
-    if activation != family.activation:
-        raise InputError(f"{where}: hidden_act is {activation!r}, expected {family.activation!r}")
-    return config
-
-
-SIZES = ("vocab_size", "hidden_size", "ffn_size", "layers", "heads", "kv_heads", "head_size")
-
-
-def check_config(config):
-    """InputError for fields that no model can have."""
-    for name in (*SIZES, "max_length"):
-        size = getattr(config, name)
-        if type(size) is not int or not 1 <= size < 2**24:
-            raise InputError(f"{name} is {size!r}, expected a positive integer")
-    window = config.window
-    if window is not None and (type(window) is not int or window < 1):
-        raise InputError(f"sliding_window is {window!r}, expected a positive integer or null")
+    for key, computed in family.computes.items():
+        if published.get(key, computed) != computed:
+            raise InputError(f"{key} is {published[key]!r}, expected {computed!r}")
+    config = Config(family=name, published=published, **family.read(published))
+    for field in fields(config):
+        size = getattr(config, field.name)
+        if field.type is int and (type(size) is not int or not 1 <= size < 2**24):
+            raise InputError(f"{field.name} is {size!r}, expected a positive integer")
     if config.heads % config.kv_heads:
         raise InputError(
             f"{config.heads} heads do not divide into {config.kv_heads} of keys and values"
         )
-    if config.positions not in ("alibi", "rotary"):
-        raise InputError(f"positions is {config.positions!r}, expected alibi or rotary")
+    if not 0 < config.norm_eps < 1:
+        raise InputError(f"norm_eps is {config.norm_eps}, expected a small number")
     if config.positions == "rotary" and config.head_size % 2:
-        raise InputError(
-            f"heads of {config.head_size} numbers, expected an even number for rotary positions"
-        )
-    if type(config.norm_eps) is not float or not 0 < config.norm_eps < 1:
-        raise InputError(f"norm_eps is {config.norm_eps!r}, expected a small number")
+        raise InputError(f"heads of {config.head_size} numbers, expected an even number")
+    base, scaling = config.rotary_base, config.rotary_scaling
+    if not rotary_frequencies(config, "cpu").log().isfinite().all():  # each a number above 0
+        raise InputError(f"no angles come from rope_theta {base} and rope_scaling {scaling}")
+    return config
 
 
 def published_names(family, parameter):
@@ -948,6 +884,8 @@ def to_published(config, parameter, value):
 # --------------------------------------------------------------------------------------------------
 # Loading, saving, converting
 
+FLOATS = torch.float16, torch.bfloat16, torch.float32
+
 
 def checkpoint_files(folder):
     """The safetensors files of a checkpoint: model.safetensors, or the shards of its index."""
@@ -969,17 +907,8 @@ def checkpoint_files(folder):
     raise InputError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
 
 
-class Stored(NamedTuple):
-    """Where a tensor lies, and what it is."""
-
-    path: Path
-    name: str  # in the file
-    shape: list
-    dtype: str  # as safetensors spells it: F16, BF16, F32, ...
-
-
 def find_tensors(folder, prefix):
-    """All tensors of a checkpoint, by their names without prefix. -> {name: Stored}"""
+    """All tensors of a checkpoint, memory-mapped, by name without prefix. -> {name: tensor}"""
     found = {}
     for path in checkpoint_files(folder):
         file = open_safetensors(path)
@@ -987,39 +916,31 @@ def find_tensors(folder, prefix):
             short = name.removeprefix(prefix)
             if short in found:
                 short = f"{name} (twice)"  # which is no name of a model's: it is unexpected
-            view = file.get_slice(name)
-            found[short] = Stored(path, name, view.get_shape(), view.get_dtype())
+            with reading(path):
+                # An open file keeps in memory all that was read through it: what is large has its own.
+                large = math.prod(file.get_slice(name).get_shape()) > 2**20
+                found[short] = (open_safetensors(path) if large else file).get_tensor(name)
     return found
 
 
 def check_tensors(folder, found, wanted, drops):
     """One InputError that lists every missing, unexpected and misshapen tensor.
 
-    found: {name: Stored}; wanted: {name: tensor}; drops: regex of what may be passed over
+    found, wanted: {name: tensor}, wanted without data; drops: regex of what may be passed over
     """
-    missing = [name for name in wanted if name not in found]
-    unexpected = [name for name in found if name not in wanted and not re.fullmatch(drops, name)]
     misshapen = []
-    for name in wanted.keys() - missing:
-        stored, shape = found[name], list(wanted[name].shape)
-        if stored.shape != shape or stored.dtype not in ("F16", "BF16", "F32"):
-            misshapen.append(
-                f"{name} {stored.dtype} {stored.shape}, expected 16- or 32-bit float {shape}"
-            )
-    problems = {"missing": missing, "unexpected": unexpected, "misshapen": sorted(misshapen)}
+    for name in [name for name in wanted if name in found]:
+        tensor, shape = found[name], list(wanted[name].shape)
+        if list(tensor.shape) != shape or tensor.dtype not in FLOATS:
+            misshapen.append(f"{name} {tensor.dtype} {list(tensor.shape)}, expected floats {shape}")
+    problems = {
+        "missing": [name for name in wanted if name not in found],
+        "unexpected": [n for n in found if n not in wanted and not re.fullmatch(drops, n)],
+        "misshapen": misshapen,
+    }
     listed = [f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names]
     if listed:
         raise InputError(f"{folder}: tensors do not fit config.json; {'; '.join(listed)}")
-
-
-def read_tensor(stored, opened):
-    """One tensor, memory-mapped. opened: {path: file}, the files that small tensors share."""
-    # An open file keeps in memory every page read through it: a large tensor opens its own.
-    if math.prod(stored.shape) > 2**20:
-        return open_safetensors(stored.path).get_tensor(stored.name)
-    if stored.path not in opened:
-        opened[stored.path] = open_safetensors(stored.path)
-    return opened[stored.path].get_tensor(stored.name)
 
 
 def load_model(folder, device="cpu", dtype=None, config=None):
@@ -1031,24 +952,20 @@ def load_model(folder, device="cpu", dtype=None, config=None):
     """
     folder = Path(folder)
     config = config or Config.from_folder(folder)
-    family = FAMILIES[config.family]
-    found = find_tensors(folder, family.prefix)
+    found = find_tensors(folder, FAMILIES[config.family].prefix)
     if config.layers > len(found):
         raise InputError(f"{folder}: {config.layers} layers in config.json, {len(found)} tensors")
     with torch.device("meta"):
         model = Decoder(config)
-    wanted = {}  # published name -> a tensor without data
+    wanted = {}
     for parameter, value in model.named_parameters():
         wanted |= to_published(config, parameter, value)
-    check_tensors(folder, found, wanted, family.drops)
-
-    opened, state = {}, {}
+    check_tensors(folder, found, wanted, FAMILIES[config.family].drops)
+    dtype = dtype or found[next(iter(wanted))].dtype  # the embedding's
+    state = {}
     for parameter, _ in model.named_parameters():
-        pieces = []
-        for name in published_names(config.family, parameter):
-            piece = read_tensor(found[name], opened)
-            dtype = dtype or piece.dtype  # the embedding's, which comes first
-            pieces.append(piece.to(device).to(dtype))
+        names = published_names(config.family, parameter)
+        pieces = [found.pop(name).to(device).to(dtype) for name in names]
         state[parameter] = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     model.load_state_dict(state, assign=True)
     return model
