@@ -26,6 +26,8 @@ import tracemalloc
 from dataclasses import fields
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in commands
+
 import pytest
 import regex
 import sentencepiece
@@ -1161,6 +1163,24 @@ def test_ctrl_c_ends_in_a_second(world, here):
     assert process.returncode == 130
     assert time.monotonic() - start < 5  # shared machines are slow at times
     assert "Traceback" not in err and "--steps 100000 --resume" in err
+
+
+@pytest.mark.parametrize("delay", [0.2, 0.5, 1])
+def test_ctrl_c_while_torch_is_imported_shows_no_traceback(delay):
+    """44 lines of it, for whoever notices a typo at once."""
+    process = start_command([], stderr=subprocess.PIPE, preexec_fn=ctrl_c_works)
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode in (-signal.SIGINT, 130) and "Traceback" not in err
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-"])
+def test_a_closed_stream_is_no_traceback(closed):
+    """AttributeError: NoneType has no attribute reconfigure; status 1, and nothing said."""
+    command = f"exec {sys.executable} {lander.__file__} --pair en-de --weights nowhere {closed}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
 
 
 def test_a_folder_in_use_is_refused_at_once(world, here, capsys):
