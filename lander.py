@@ -59,9 +59,14 @@ Letters: B sentences, T tokens, D hidden size, F neurons of one FFN, V vocabular
 P pairs, K scored layers (those that any tuned pair selected), k layers that a pair selects, h what
 the down projection reads: the neurons' activations.
 
-In this file: layers; neurons; groups; routing; training; evaluation; then what a run needs besides:
-settings, progress, saved state, several processes, the run itself, the command line.
+In this file: layers; neurons; groups; routing; training; evaluation. There the method ends. Then a
+run: several processes; settings and progress; the run folder; tune; translate; export; main.
 """
+
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # what follows takes seconds: no traceback there
 
 import argparse
 import json
@@ -70,16 +75,15 @@ import os
 import random
 import shlex
 import shutil
-import signal
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
-from itertools import islice, zip_longest
+from itertools import islice
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -88,11 +92,10 @@ from torch import distributed, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from data import InputError, exit_status, find_parallel, fingerprint, first_line, first_process
-from data import group_by_length, has_line_break, line_ends, list_pairs, load_tokenizer, locked
-from data import make_batch, make_batches, open_parallel, parse_json, read_json, read_lines
-from data import read_tensors, render, split_pair, tokenizer_file, tokenizer_files, write_json
-from data import write_lines, write_tensors
+from data import InputError, exit_status, fingerprint, first_line, group_by_length, has_line_break
+from data import line_ends, list_pairs, load_tokenizer, locked, make_batch, make_batches
+from data import open_parallel, read_json, read_lines, read_tensors, reading, render, split_pair
+from data import write_json, write_lines, write_tensors
 from model import FFN, Config, checkpoint_files, load_model, save_model
 
 
@@ -103,12 +106,9 @@ from model import FFN, Config, checkpoint_files, load_model, save_model
 # the work there. Train in those layers and leave the others alone.
 
 
-def device_of(model):
-    return model.embedding.weight.device
-
-
 def to_device(batch, model):
-    return [tensor.to(device_of(model), non_blocking=True) for tensor in batch]
+    device = model.embedding.weight.device
+    return [tensor.to(device, non_blocking=True) for tensor in batch]
 
 
 @torch.no_grad()
@@ -117,15 +117,15 @@ def activation_means(model, batches):
 
     batches: Batch of prompts, without targets; padding does not count. -> [L] fp32
     """
-    total = torch.zeros(model.config.layers, dtype=torch.float64, device=device_of(model))
+    total = torch.zeros(model.config.layers).double()  # on the CPU: some devices have no 64 bits
     prompts = 0
     for batch in batches:
         ids, mask, _ = to_device(batch, model)
         outputs = [x.float().mean(-1) for x in model.block_outputs(ids, mask)]  # L of [B, T]
         means = (torch.stack(outputs) * mask).sum(-1) / mask.sum(-1)  # [L, B]
-        total += means.double().sum(1)  # [L]
+        total += means.cpu().double().sum(1)  # [L]
         prompts += len(ids)
-    return (add_up(total) / add_up(prompts)).float().cpu()
+    return (add_up(total) / add_up(prompts)).float()
 
 
 def layer_differences(means):
@@ -136,19 +136,15 @@ def layer_differences(means):
     return (means[1:] - means[:-1]).abs()
 
 
-def check_layer_count(k, scored):
-    if k > scored:
-        found = f"{k} layers to select, but only {scored} have a score"
-        raise InputError(f"{found} (the first has none)")
-
-
 def select_layers(differences, k):
     """The k layers that change most, sorted. diff[l] scores layer l+1; ties go to the lower layer.
 
     [3, 1, 3], 1 -> [1]
     """
     differences = torch.as_tensor(differences)
-    check_layer_count(k, len(differences))
+    if k > len(differences):
+        scored = f"only {len(differences)} have a score (the first has none)"
+        raise InputError(f"{k} layers to select, but {scored}")
     ranked = differences.argsort(descending=True, stable=True)  # [L-1]
     return sorted((ranked[:k] + 1).tolist())
 
@@ -164,11 +160,6 @@ def select_layers(differences, k):
 LOGITS_AT_ONCE = 30_000_000  # 0.48 GB: 16 bytes each, in 16 bits, in fp32, and both gradients
 
 
-def token_losses(model, hidden, targets):
-    """hidden [N, D], targets [N] -> the sum of their negative log-likelihoods, fp32"""
-    return functional.cross_entropy(model.logits(hidden).float(), targets, reduction="sum")
-
-
 def target_loss(model, batch):
     """The sum of the target tokens' negative log-likelihoods, fp32.
 
@@ -177,12 +168,16 @@ def target_loss(model, batch):
     ids, mask, targets = to_device(batch, model)
     wanted = targets != -100
     hidden, targets = model.hidden_states(ids, mask)[wanted], targets[wanted]  # [N, D], [N]
+
+    def loss_of(hidden, targets):
+        return functional.cross_entropy(model.logits(hidden).float(), targets, reduction="sum")
+
     size = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
     if len(targets) <= size:
-        return token_losses(model, hidden, targets)
+        return loss_of(hidden, targets)
     # Checkpointed: the backward pass makes a piece's logits again instead of keeping all.
     pieces = zip(hidden.split(size), targets.split(size))
-    return sum(checkpoint(token_losses, model, *piece, use_reentrant=False) for piece in pieces)
+    return sum(checkpoint(loss_of, *piece, use_reentrant=False) for piece in pieces)
 
 
 @contextmanager
@@ -194,7 +189,8 @@ def recording(model, layers, reader="ffn.down"):
     h = {}
 
     def record(layer, module, inputs):
-        # With every weight frozen no graph leads to the lowest recorded h: it starts here.
+        # With every weight frozen no graph leads to the lowest recorded h. It is made a leaf, so the
+        # graph starts there, and nothing below the lowest recorded layer is differentiated.
         h[layer] = inputs[0].requires_grad_()
 
     handles = []
@@ -216,7 +212,7 @@ def neuron_awareness(model, batches, layers, reader="ffn.down"):
     """
     width = model.blocks[layers[0]].get_submodule(reader).in_features
     # In 64 bits, so that the sum does not depend on the order in which processes add up.
-    total = torch.zeros(len(layers), width, dtype=torch.float64, device=device_of(model))
+    total = torch.zeros(len(layers), width).double()
     tokens = 0
     with recording(model, layers, reader) as h:
         for batch in batches:
@@ -224,9 +220,10 @@ def neuron_awareness(model, batches, layers, reader="ffn.down"):
             gradients = torch.autograd.grad(loss, [h[layer] for layer in layers])
             for k, (layer, gradient) in enumerate(zip(layers, gradients)):
                 effect = h[layer].detach() * gradient.float()  # [B, T, F], zero where T is padding
-                total[k] += torch.linalg.vector_norm(effect, 1, (0, 1))  # the sum of |effect|
+                # The sum of |effect| over sentences and tokens, without a second [B, T, F].
+                total[k] += torch.linalg.vector_norm(effect, 1, (0, 1)).cpu()
             tokens += int(batch.mask.sum())
-    return (add_up(total) / add_up(tokens)).float().cpu()
+    return (add_up(total) / add_up(tokens)).float()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -266,18 +263,18 @@ def categorize(awareness, epsilon):
     return owner
 
 
-def general_share(scores, general, own):
+def general_share(scores, general, specific):
     """m_G / (m_G + m_S): what part of the capacity that a pair uses is general.
 
     m_G and m_S are the mean scaled awareness (scores [F]) over the general neurons and over the
-    pair's own ([F] bool each). None where a group is empty or scores nothing: there is nothing to
-    route between.
+    specific ones that the pair owns ([F] bool each). None where a group is empty or scores nothing:
+    there is nothing to route between.
     """
     m_general = scores[general].sum().item() / max(1, general.sum().item())
-    m_own = scores[own].sum().item() / max(1, own.sum().item())
-    if m_general + m_own == 0:
+    m_specific = scores[specific].sum().item() / max(1, specific.sum().item())
+    if m_general + m_specific == 0:
         return None
-    share = m_general / (m_general + m_own)
+    share = m_general / (m_general + m_specific)
     return share if 0 < share < 1 else None
 
 
@@ -299,10 +296,10 @@ def describe_groups(awareness, owner, pairs, selected):
     for k, layer in enumerate(union(selected)):
         specific, share = {}, {}
         for p, pair in enumerate(pairs):
-            own = owner[k] == p  # [F]
-            specific[pair] = own.nonzero().flatten().tolist()
+            owned = owner[k] == p  # [F]
+            specific[pair] = owned.nonzero().flatten().tolist()
             if layer in selected.get(pair, []):
-                share[pair] = general_share(scaled[p, k], owner[k] == -1, own)
+                share[pair] = general_share(scaled[p, k], owner[k] == -1, owned)
         groups[str(layer)] = {"specific": specific, "share": share}
     return groups
 
@@ -329,17 +326,19 @@ class RoutedFFN(nn.Module):
     def __init__(self, ffn, specific, share, routing=True):
         super().__init__()
         owned = set().union(*specific.values())
-        others = owned.difference(*(specific[pair] for pair in share))
-        self.neurons = {pair: specific[pair] for pair in share}  # numbers, of each part
-        self.neurons["general"] = [i for i in range(ffn.up.out_features) if i not in owned]
-        self.neurons["rest"] = sorted(others)
-        self.general = ffn.part(self.neurons["general"], torch.float32)
+        general = [i for i in range(ffn.up.out_features) if i not in owned]
+        rest = sorted(owned.difference(*(specific[pair] for pair in share)))
+        self.general = ffn.part(general, torch.float32)
+        self.rest = ffn.part(rest, ffn.up.weight.dtype)
         self.specific = nn.ModuleDict()
         for pair in share:
             self.specific[pair] = ffn.part(specific[pair], torch.float32)
-        self.rest = ffn.part(self.neurons["rest"], ffn.up.weight.dtype)
-        self.config, self.output_bias = ffn.config, ffn.down.bias
-        self.share, self.router = {}, nn.ParameterDict()  # router: pair -> w_p [D]
+        self.places = [(general, self.general), (rest, self.rest)]  # each part's neurons in ffn
+        self.places += [(specific[pair], self.specific[pair]) for pair in share]
+        self.config = ffn.config
+        self.output_bias = ffn.down.bias
+        self.share = {}
+        self.router = nn.ParameterDict()  # pair -> w_p [D]
         for pair in share:
             if routing and share[pair] is not None:
                 self.share[pair] = share[pair]
@@ -379,10 +378,8 @@ class RoutedFFN(nn.Module):
         """The parts put together again as one FFN, without routing, in the frozen part's type."""
         with torch.device(self.rest.up.weight.device):
             ffn = FFN(self.config).to(self.rest.up.weight.dtype)
-        ffn.put(self.neurons["general"], self.general)
-        ffn.put(self.neurons["rest"], self.rest)
-        for pair, part in self.specific.items():
-            ffn.put(self.neurons[pair], part)
+        for neurons, part in self.places:
+            ffn.put(neurons, part)
         ffn.down.bias = self.output_bias
         return ffn
 
@@ -450,7 +447,7 @@ def train_step(model, batches, optimizer, learners):
         loss.backward()
         total += loss.item()
     total = add_up(total)
-    if tokens:
+    if tokens:  # else no process had a sentence: there is nothing to add, nor a step
         add_gradients(learners)
     norm = nn.utils.clip_grad_norm_(learners, CLIP_NORM).item()
     if math.isfinite(total) and math.isfinite(norm):
@@ -468,64 +465,47 @@ def learning_rate(step, total, peak):
     return peak * min((step + 1) / warm, (total - step) / max(1, total - warm))
 
 
-def schedule(examples, batch, seed):
+def schedule(sizes, batch, seed):
     """Steps without end: yields (pair, numbers of the step's examples).
 
     Each epoch shuffles every pair's text, and pairs alternate; once the shorter text is through,
-    the rest of the epoch is the longer one's. examples: pair -> sequence
+    the rest of the epoch is the longer one's. sizes: pair -> number of its examples
     """
-
-    def slices(pair, shuffled):
-        for start in range(0, len(shuffled), batch):
-            yield pair, shuffled[start : start + batch]
-
     rng = random.Random(seed)
     while True:
-        steps = []  # of each pair
-        for pair, own in examples.items():
-            steps.append(slices(pair, rng.sample(range(len(own)), len(own))))
-        for turn in zip_longest(*steps):
-            yield from filter(None, turn)
+        order = {pair: rng.sample(range(size), size) for pair, size in sizes.items()}
+        for start in range(0, max(sizes.values()), batch):
+            for pair, numbers in order.items():
+                if start < len(numbers):
+                    yield pair, numbers[start : start + batch]
 
 
-def count_steps(examples, settings):
-    epoch = sum(math.ceil(len(own) / settings.batch) for own in examples.values())
-    return settings.steps or epoch
+def training_steps(model, learners, steps, total, optimizer, peak, start=0):
+    """Train on `steps`, from step `start` of `total` on. To build on this, copy it and train_step.
 
-
-def training_steps(model, tokenizer, learners, examples, optimizer, settings, start=0):
-    """Train from step `start` on. learners: pair -> {name: Parameter}; examples: pair -> sequence
-
-    An example that is None is left out; a step of none but such changes nothing. What learns from a
-    pair is the caller's to say: some neurons, some matrices, everything.
+    steps: yields (pair, micro-batches, how many examples were left out). learners: pair -> {name:
+    Parameter}; what learns from a pair is the caller's to say: some neurons, some matrices,
+    everything. A step without any example changes nothing.
     Yields what log.jsonl says of a step, after each.
     """
-    total = count_steps(examples, settings)
-    steps = islice(schedule(examples, settings.batch, settings.seed), start, total)
-    for step, (pair, numbers) in enumerate(steps, start):
-        rate = learning_rate(step, total, settings.lr)
+    for step, (pair, batches, skipped) in enumerate(steps, start):
+        rate = learning_rate(step, total, peak)
         optimizer.param_groups[0]["lr"] = rate
         route(model, pair)
-        chosen = [example for example in map(examples[pair].__getitem__, share(numbers)) if example]
-        batches = list(make_batches(chosen, tokenizer.pad_id, settings.micro_tokens))
         loss, norm = train_step(model, batches, optimizer, learners[pair].values())
-        entry = {"step": step + 1, "pair": pair, "loss": loss}
-        yield entry | {"gradient_norm": norm, "learning_rate": rate}
+        entry = {"step": step + 1, "pair": pair, "loss": loss, "gradient_norm": norm}
+        yield entry | {"learning_rate": rate, "skipped": add_up(skipped)}
 
 
 @torch.no_grad()
-def validation_loss(model, tokenizer, examples, settings):
-    """pair -> mean negative log-likelihood of a target token."""
-    losses = {}
-    for pair, own in examples.items():
-        route(model, pair)
-        total, tokens = 0.0, 0
-        batches = make_batches(own, tokenizer.pad_id, settings.micro_tokens)
-        for batch in counted(batches, f"validation loss of {pair}", len(own)):
-            total += target_loss(model, batch).item()
-            tokens += count_targets([batch])
-        losses[pair] = add_up(total) / add_up(tokens)
-    return losses
+def validation_loss(model, pair, batches):
+    """Mean negative log-likelihood of a target token of a pair."""
+    route(model, pair)
+    total, tokens = 0.0, 0
+    for batch in batches:
+        total += target_loss(model, batch).item()
+        tokens += count_targets([batch])
+    return add_up(total) / add_up(tokens)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -535,47 +515,47 @@ def validation_loss(model, tokenizer, examples, settings):
 
 
 LEAST_NEW_TOKENS = 64
+NEW_TOKENS = 3  # for each token of the prompt; more where a pair's targets take more (read_inputs)
 ROWS_AT_ONCE = 512  # of more, padding costs more than it saves to read the weights less often
 
 
-def translate_lines(model, tokenizer, pair, sources, settings, label):
-    """Translate sentences, those of like length together. Yields (number, line, cut), out of order.
-
-    sources: [(number, sentence), ...]
+def translate_lines(
+    model, tokenizer, pair, sources, progress, beams=1, cache_gb=2.0, new_tokens=NEW_TOKENS
+):
+    """Translate sentences, those of like length together.
 
     A translation ends at end-of-sentence, at the first line break after its first visible character,
-    or at three times its own prompt's length or LEAST_NEW_TOKENS; cut says that it came to that: it
-    is a loop, as a rule. An empty source, or one too long for the model, is an empty line.
+    or at new_tokens times its own prompt's length or LEAST_NEW_TOKENS; cut says that it came to that:
+    it is a loop, as a rule. An empty source, or one too long for the model, is an empty line.
+    sources: number -> sentence; progress.add is told how many are done. -> number -> (line, cut)
     """
     route(model, pair)
-    numbers, prompts = [], []
-    for number, source in sources:
+    prompts = {}
+    for number, source in sources.items():
         prompt, _ = render(tokenizer, pair, source)
-        if not source.strip():
-            yield number, "", False
-        elif len(prompt) > model.config.max_length:
-            found = f"{len(prompt)} tokens, the model was made for {model.config.max_length}"
-            print(f"{pair}: line {number + 1}: {found}; left empty", file=sys.stderr)
-            yield number, "", False
-        else:
-            numbers.append(number)
-            prompts.append(prompt)
-    progress = Progress(label, len(prompts), "sentences")
-    ends = line_ends(tokenizer)
-    limits = [max(3 * len(prompt), LEAST_NEW_TOKENS) for prompt in prompts]
-    lengths = [len(prompt) + limit for prompt, limit in zip(prompts, limits)]
-    room = settings.cache_gb * 1e9 / (model.cache_bytes() * settings.beams)  # tokens
-    for group in group_by_length(lengths, room, ROWS_AT_ONCE // settings.beams):
-        batch = make_batch([(prompts[i], []) for i in group], tokenizer.pad_id)
+        if len(prompt) > model.config.max_length:
+            made_for = f"the model was made for {model.config.max_length}"
+            note(f"{pair}: line {number + 1}: {len(prompt)} tokens, {made_for}; left empty")
+        elif source.strip():
+            prompts[number] = prompt
+    progress.add(len(sources) - len(prompts))
+    translations = dict.fromkeys(sources, ("", False))
+    numbers = list(prompts)
+    limits = [max(int(new_tokens * len(p)), LEAST_NEW_TOKENS) for p in prompts.values()]
+    lengths = [len(prompts[number]) + limit for number, limit in zip(numbers, limits)]
+    room = cache_gb * 1e9 / (model.cache_bytes() * beams)  # tokens
+    emitted = {"vocab_size": tokenizer.vocab_size, "line_ends": line_ends(tokenizer)}
+    for group in group_by_length(lengths, room, ROWS_AT_ONCE // beams):
+        batch = make_batch([(prompts[numbers[i]], []) for i in group], tokenizer.pad_id)
         ids, mask, _ = to_device(batch, model)
-        options = settings.beams, tokenizer.vocab_size, ends
-        own_limits = [limits[i] for i in group]
-        continuations = model.generate(ids, mask, own_limits, tokenizer.eos_id, *options)
-        for i, new in zip(group, continuations):
+        longest = [limits[i] for i in group]
+        new_ids = model.generate(ids, mask, longest, tokenizer.eos_id, beams=beams, **emitted)
+        for i, new in zip(group, new_ids):
             text = tokenizer.decode(new)
             cut = len(new) == limits[i] and not has_line_break(text.lstrip())
-            yield numbers[i], first_line(text), cut
+            translations[numbers[i]] = first_line(text), cut
         progress.add(len(group))
+    return translations
 
 
 def make_metrics(pair):
@@ -586,302 +566,26 @@ def make_metrics(pair):
         raise InputError(f"{pair}: no BLEU tokenizer ({str(error).splitlines()[0]})") from None
 
 
-def evaluate(model, tokenizer, pair, text, settings, path):
-    """Translate text, [(source, target), ...], into a file, and score it.
+def evaluate(model, tokenizer, pair, text, progress, **options):
+    """Translate text, [(source, target), ...], and score it. -> hypotheses, scores
 
-    -> {"bleu": ..., "chrf": ..., their signatures, "cut": how many translations ran to their limit}
+    options: of translate_lines.
+
+    scores: {"bleu": ..., "chrf": ..., their signatures, "cut": how many ran to their limit}
     """
-    sources, references = [source for source, _ in text], [target for _, target in text]
-    own, found = list(share(enumerate(sources))), {}  # found: number -> line, cut
-    lines = translate_lines(model, tokenizer, pair, own, settings, f"translating {pair}")
-    for number, line, was_cut in lines:
-        found[number] = line, was_cut
-    found = gather(found)
-    hypotheses = [found[number][0] for number in range(len(text))]
-    cut = sum(was_cut for _, was_cut in found.values())
-    write_lines(path, hypotheses)
+    sources = dict(of_this_process(enumerate(source for source, _ in text)))
+    translations = gather(translate_lines(model, tokenizer, pair, sources, progress, **options))
+    hypotheses = [translations[number][0] for number in range(len(text))]
+    references = [target for _, target in text]
     scores = {}
     for name, metric in make_metrics(pair).items():
         scores[name] = metric.corpus_score(hypotheses, [references]).score
         scores[f"{name}_signature"] = str(metric.get_signature())
-    return scores | {"cut": cut}
+    scores["cut"] = sum(cut for _, cut in translations.values())
+    return hypotheses, scores
 
 
-# --------------------------------------------------------------------------------------------------
-# Settings and progress
-
-
-def option(default, help):
-    return field(default=default, metadata={"help": help})
-
-
-MANY = 2**31 - 1
-RANGES = {name: (1, MANY) for name in ("layers", "batch", "max_tokens", "micro_tokens")}
-RANGES |= {"score_sentences": (1, MANY), "steps": (0, MANY), "eval_sentences": (0, MANY)}
-RANGES |= {"seed": (0, MANY), "beams": (1, 128), "cache_gb": (0, MANY)}
-
-
-@dataclass
-class Settings:
-    """Every setting with its default: the command line is made from it, args.json records it.
-
-    InputError where a value makes no sense.
-    """
-
-    pair: str = option("", "pair to tune, source first: en-de; several alternate: en-de,fr-cs")
-    weights: str = option("", "folder of a published checkpoint; none: run the demo")
-    data: str = option("", "folder of parallel text: train.*, valid.* (if there), test.*")
-    out: str = option("", "run folder; none: runs/PAIRS")
-    layers: int = option(4, "how many layers each pair selects")
-    epsilon: float = option(0.9, "share of a layer's neurons that are language-general")
-    lr: float = option(5e-5, "peak learning rate of AdamW")
-    steps: int = option(0, "training steps; 0: one epoch")
-    batch: int = option(80, "sentences in a training step")
-    max_tokens: int = option(256, "longer examples, prompt and target, are skipped and counted")
-    micro_tokens: int = option(2048, "tokens in one pass; a step takes as many passes as it needs")
-    checkpointing: bool = option(False, "recompute activations: slower training, less memory")
-    score_pairs: str = option("all", "pairs whose neurons are compared: all, or a list")
-    score_sentences: int = option(500, "training sentences of each pair to score with")
-    eval_pairs: str = option("", "pairs to evaluate: all, or a list; none: the tuned ones")
-    eval_sentences: int = option(0, "test sentences of each pair; 0: all")
-    beams: int = option(1, "beam search with so many beams; 1: greedy")
-    cache_gb: float = option(2.0, "GB for the keys and values of a batch of translations")
-    device: str = option("", "cpu, cuda, cuda:1, ...; none: cuda where there is one")
-    dtype: str = option("", "float32 or bfloat16; none: float32 on the cpu, bfloat16 elsewhere")
-    seed: int = option(0, "of shuffling and sampling")
-    no_routing: bool = option(False, "train the same neurons without CAR")
-    resume: bool = option(False, "go on with an interrupted run")
-    translate: str = option("", "translate the lines of a file, or of - (standard input)")
-    tuned: str = option("", "folder of a finished run, for --translate or --export")
-    export: str = option("", "folder to write the tuned model to, as a published checkpoint")
-
-    def __post_init__(self):
-        for name, (lowest, highest) in RANGES.items():
-            value = getattr(self, name)
-            if not lowest <= value <= highest:
-                expected = f"{lowest} or more" if highest == MANY else f"{lowest} to {highest}"
-                raise InputError(f"{flag_of(name)} is {value}, expected {expected}")
-        for name, value in asdict(self).items():
-            if isinstance(value, str) and "\0" in value:
-                raise InputError(f"{flag_of(name)} has a NUL character")
-        if self.tuned and not (self.translate or self.export):
-            raise InputError("--tuned needs --translate or --export, what to do with that run")
-        for name in ("translate", "export"):
-            if getattr(self, name) and not self.tuned:
-                raise InputError(f"{flag_of(name)} needs --tuned, the folder of a finished run")
-        if not 0 <= self.epsilon <= 1:
-            raise InputError(f"--epsilon is {self.epsilon}, expected a share from 0 to 1")
-        if not 0 < self.lr < math.inf:
-            raise InputError(f"--lr is {self.lr}, expected a positive number")
-        if self.dtype not in ("", "float32", "bfloat16"):
-            raise InputError(f"--dtype is {self.dtype!r}, expected float32 or bfloat16")
-
-
-def flag_of(name):
-    """ "eval_pairs" -> "--eval-pairs" """
-    return "--" + name.replace("_", "-")
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise InputError(f"{message}; -h lists the options")
-
-
-def parse_arguments(argv):
-    """Command-line words -> {name: value} of the settings that were given."""
-    about = __doc__.split("\n\n")[0]
-    parser = Parser(prog="lander.py", description=about, argument_default=argparse.SUPPRESS)
-    for setting in fields(Settings):
-        flag, kind, text = flag_of(setting.name), type(setting.default), setting.metadata["help"]
-        if kind is bool:
-            parser.add_argument(flag, action="store_true", help=text)
-        else:
-            if setting.default != "":
-                text += f" (default: {setting.default})"
-            parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=text)
-    return vars(parser.parse_args(argv))
-
-
-class Progress:
-    """Rate and time left of a long step, on stderr.
-
-    One updating line on a terminal, which is gone at the end; elsewhere a plain line now and then.
-    """
-
-    def __init__(self, label, total, unit, done=0):
-        self.label, self.total, self.unit = label, total, unit
-        self.done = self.first = done
-        self.start = self.shown = time.monotonic()
-
-    def add(self, count, note=""):
-        self.done += count
-        terminal, now = sys.stderr.isatty(), time.monotonic()
-        if terminal and self.done >= self.total:
-            print(f"\r{'':<79}\r", end="", file=sys.stderr, flush=True)
-            return
-        if now - self.shown < (0.2 if terminal else 30):
-            return
-        self.shown = now
-        rate = (self.done - self.first) / max(now - self.start, 1e-9)
-        left = f"{rate:.3g}/s, {(self.total - self.done) / rate:.0f} s left"
-        line = f"{self.label}: {self.done}/{self.total} {self.unit}, {left}{note}"
-        if terminal:
-            print(f"\r{line:<79}", end="", file=sys.stderr, flush=True)
-        else:
-            print(line, file=sys.stderr, flush=True)
-
-
-def counted(batches, label, sentences):
-    """This process's share of the batches, with progress."""
-    progress = Progress(label, sentences, "sentences")
-    for batch in share(batches):
-        yield batch
-        progress.add(len(batch.ids) * process_count())
-
-
-def say(line=""):
-    """Print a line, wrapped to 80 columns."""
-    for part in textwrap.wrap(line, 80, subsequent_indent="   ", break_long_words=False) or [""]:
-        print(part, flush=True)
-
-
-# --------------------------------------------------------------------------------------------------
-# Training that can be interrupted
-
-
-SAVE_EVERY = 30  # seconds at least, and twenty times what the last save took
-
-
-@contextmanager
-def interrupts_held():
-    """While open, Ctrl-C and SIGTERM only fill the list that it gives; a second one ends at once.
-
-    A step that is broken off leaves weights of which some have moved and some have not.
-    """
-    came = []
-
-    def note(number, frame):
-        if number in came:
-            raise KeyboardInterrupt
-        came.append(number)
-        print("\nending after this step", file=sys.stderr)
-
-    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield came
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def merged(learners):
-    """What learns from any pair. pair -> {name: Parameter} -> {name: Parameter}"""
-    parameters = {}
-    for own in learners.values():
-        parameters |= own
-    return parameters
-
-
-def save_state(path, parameters, optimizer, step):
-    """Weights, AdamW's moments and the number of steps done: one file, so that they fit together."""
-    tensors = {"step": torch.tensor(step)}
-    for name, parameter in parameters.items():
-        tensors[name] = parameter.detach()
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}/{key}"] = value
-    write_tensors(path, tensors)
-
-
-def load_state(path, parameters, optimizer, total):
-    """Undo save_state. -> steps done. InputError for a file that does not fit."""
-    tensors = read_tensors(path)
-    step = tensors.pop("step", torch.tensor(-1))
-    if step.shape != () or not 0 < step <= total:
-        raise InputError(f"{path}: is not of a step from 1 to {total}")
-    expected = dict(parameters)
-    for name, parameter in parameters.items():
-        if any(found.startswith(f"{name}/") for found in tensors):  # it has learned something yet
-            expected[f"{name}/step"] = torch.tensor(0.0)
-            expected[f"{name}/exp_avg"] = expected[f"{name}/exp_avg_sq"] = parameter
-    check_fit(path, tensors, expected)
-    for name in expected.keys() - parameters.keys():
-        owner, key = name.split("/")
-        optimizer.state[parameters[owner]][key] = tensors.pop(name).to(parameters[owner].device)
-    load_parameters(path, tensors, parameters)
-    return int(step)
-
-
-def check_fit(path, tensors, expected):
-    """InputError where a file's tensors differ from what is expected in name, shape or type."""
-    wrong = [name for name in tensors if name not in expected]
-    for name, tensor in expected.items():
-        found = tensors.get(name)
-        if found is None or found.shape != tensor.shape or found.dtype != tensor.dtype:
-            wrong.append(name)
-    if wrong:
-        raise InputError(f"{path}: does not fit this model and neurons.json, at {', '.join(wrong)}")
-
-
-def load_parameters(path, tensors, parameters):
-    """Copy tensors into parameters of the same names. InputError where they differ."""
-    check_fit(path, tensors, parameters)
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
-
-
-def train(model, tokenizer, learners, examples, valid, settings, folder, weight_decay=WEIGHT_DECAY):
-    """Train to the end, from the last saved state if there is one, and write tuned.safetensors.
-
-    learners: pair -> {name: Parameter}, as what_learns; examples, valid: pair -> list of rendered
-    examples. log.jsonl gets a line a step, state.safetensors holds the last good state. Ctrl-C and
-    SIGTERM wait for the step to end, and save. InputError where the loss is no longer a number.
-    """
-    log_path, state_path = folder / "log.jsonl", folder / "state.safetensors"
-    parameters, total = merged(learners), count_steps(examples, settings)
-    optimizer = torch.optim.AdamW(parameters.values(), weight_decay=weight_decay, fused=True)
-    start = 0
-    if state_path.exists():
-        start = load_state(state_path, parameters, optimizer, total)
-        log = read_lines(log_path)
-        if len(log) <= start:
-            raise InputError(f"{log_path}: has {len(log)} lines, {state_path} is of step {start}")
-        write_lines(log_path, log[: start + 1])  # the first line is the validation loss
-    else:
-        before = {"step": 0, "valid_loss": validation_loss(model, tokenizer, valid, settings)}
-        write_lines(log_path, [json.dumps(before)])
-
-    progress = Progress("training", total, "steps", done=start)
-    saved, wait = time.monotonic(), SAVE_EVERY
-    model.checkpointing = settings.checkpointing
-    steps = training_steps(model, tokenizer, learners, examples, optimizer, settings, start)
-    own_path = log_path if first_process() else os.devnull
-    with open(own_path, "a", encoding="utf-8") as log, interrupts_held() as interrupts:
-        for entry in steps:
-            step, loss, norm = entry["step"], entry["loss"], entry["gradient_norm"]
-            if not math.isfinite(loss) or not math.isfinite(norm):
-                found = f"step {step}: the loss is {loss} and its gradient {norm}"
-                if state_path.exists():
-                    found += f"; the last good state is {state_path}"
-                raise InputError(f"{found}; run again with a lower --lr and another --out")
-            print(json.dumps(entry), file=log, flush=True)
-            progress.add(1, f", loss {loss:.3f}")
-            ending = add_up(len(interrupts)) > 0  # all in the same step
-            if ending or time.monotonic() - saved > wait or step == total:
-                began = time.monotonic()
-                save_state(state_path, parameters, optimizer, step)
-                saved = time.monotonic()
-                wait = max(SAVE_EVERY, 20 * (saved - began))
-            if ending:
-                wait_for_all()
-                raise KeyboardInterrupt
-    model.checkpointing = False
-    after = {"step": total, "valid_loss": validation_loss(model, tokenizer, valid, settings)}
-    with open(own_path, "a", encoding="utf-8") as log:
-        print(json.dumps(after), file=log)
-    tuned = {name: parameter.detach() for name, parameter in parameters.items()}
-    write_tensors(folder / "tuned.safetensors", tuned)
-    wait_for_all()
+# The method ends here. What follows is a run.
 
 
 # --------------------------------------------------------------------------------------------------
@@ -895,10 +599,14 @@ def process_count():
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
-def share(items):
-    """What this process works on. Of [0, 1, 2, 3, 4] the second of two processes has 1 and 3."""
-    rank = distributed.get_rank() if distributed.is_initialized() else 0
-    return islice(items, rank, None, process_count())
+def process_number():
+    """The first of several alone writes and prints."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def of_this_process(items):
+    """Those that this process works on. Of [0, 1, 2, 3, 4] the second of two has 1 and 3."""
+    return islice(items, process_number(), None, process_count())
 
 
 def add_up(value):
@@ -908,8 +616,7 @@ def add_up(value):
     if isinstance(value, torch.Tensor):
         distributed.all_reduce(value)
         return value
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return type(value)(add_up(torch.tensor(value, dtype=torch.float64, device=device)).item())
+    return type(value)(add_up(torch.tensor(value, dtype=torch.float64)).item())
 
 
 def add_gradients(parameters):
@@ -925,7 +632,7 @@ def gather(found):
     """One dictionary of what all processes found."""
     parts = [found]
     if process_count() > 1:
-        parts *= process_count()
+        parts = [None] * process_count()
         distributed.all_gather_object(parts, found)
     return {key: value for part in parts for key, value in part.items()}
 
@@ -935,43 +642,316 @@ def wait_for_all():
         distributed.barrier()
 
 
-ECHO = 10  # seconds
-
-
 @contextmanager
 def torchrun():
     """Join the processes that torchrun started, if it did. All but the first are silent."""
     if not distributed.is_torchelastic_launched():
         yield
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     distributed.init_process_group()
-    if not first_process():
+    number = process_number()
+    if number > 0:
         sys.stdout = sys.stderr = open(os.devnull, "w")
     try:
         yield
     except (InputError, OSError, RuntimeError) as error:
-        # The first process may say the same, and where another has died, an error in waiting for it
-        # is an echo: then torchrun ends this one meanwhile.
-        if not first_process() or isinstance(error, RuntimeError):
-            time.sleep(ECHO)
+        # Another may have said the same, or died, which is an echo here: torchrun then ends this one.
+        if number > 0 or isinstance(error, RuntimeError):
+            time.sleep(10)
         sys.stderr = sys.__stderr__
-        print(f"process {distributed.get_rank()}: ", end="", file=sys.stderr)
+        print(f"process {number}: ", end="", file=sys.stderr)
         raise
     distributed.destroy_process_group()
 
 
 # --------------------------------------------------------------------------------------------------
-# A run
+# Settings and progress
+
+
+MANY = 2**31 - 1
+
+
+def option(default, help, least=0, most=MANY):
+    return field(default=default, metadata={"help": help, "least": least, "most": most})
+
+
+@dataclass
+class Settings:
+    """Every setting with its default: the command line is made from it, args.json records it.
+
+    InputError where a value makes no sense.
+    """
+
+    pair: str = option("", "pair to tune, source first: en-de; several alternate: en-de,fr-cs")
+    weights: str = option("", "folder of a published checkpoint; none: run the demo")
+    data: str = option("", "folder of parallel text: train.*, valid.* (if there), test.*")
+    out: str = option("", "run folder; none: runs/PAIRS")
+    layers: int = option(4, "how many layers each pair selects", least=1)
+    epsilon: float = option(0.9, "share of a layer's neurons that are language-general", most=1)
+    lr: float = option(5e-5, "peak learning rate of AdamW")
+    steps: int = option(0, "training steps; 0: one epoch")
+    batch: int = option(80, "sentences in a training step", least=1)
+    max_tokens: int = option(0, "longer examples are skipped; 0: over 256 and 4 times the median")
+    micro_tokens: int = option(2048, "tokens in one pass; a step takes several", least=1)
+    checkpointing: bool = option(False, "recompute activations: slower training, less memory")
+    score_pairs: str = option("all", "pairs whose neurons are compared: all, or a list")
+    score_sentences: int = option(500, "training sentences of each pair to score with", least=1)
+    eval_pairs: str = option("", "pairs to evaluate: all, or a list; none: the tuned ones")
+    eval_sentences: int = option(0, "test sentences of each pair; 0: all")
+    beams: int = option(1, "beam search with so many beams; 1: greedy", least=1, most=128)
+    cache_gb: float = option(2.0, "GB for the keys and values of a batch of translations")
+    device: str = option("", "cpu, cuda, cuda:1, ...; none: cuda where there is one")
+    dtype: str = option("", "float32 or bfloat16; none: float32 on the cpu, bfloat16 elsewhere")
+    seed: int = option(0, "of shuffling and sampling")
+    no_routing: bool = option(False, "train the same neurons without CAR")
+    resume: bool = option(False, "go on with an interrupted run")
+    translate: str = option("", "translate the lines of a file, or of - (standard input)")
+    tuned: str = option("", "folder of a finished run, for --translate or --export")
+    export: str = option("", "folder to write the tuned model to, as a published checkpoint")
+
+    def __post_init__(self):
+        for setting in fields(self):
+            flag, value = flag_of(setting.name), getattr(self, setting.name)
+            least, most = setting.metadata["least"], setting.metadata["most"]
+            if setting.type is str:
+                if "\0" in value:
+                    raise InputError(f"{flag} has a NUL character")
+            elif not least <= value <= most:
+                expected = f"{least} or more" if most == MANY else f"{least} to {most}"
+                raise InputError(f"{flag} is {value}, expected {expected}")
+        if self.lr == 0:
+            raise InputError("--lr is 0, which trains nothing")
+        if self.dtype not in ("", "float32", "bfloat16"):
+            raise InputError(f"--dtype is {self.dtype!r}, expected float32 or bfloat16")
+        if self.tuned and bool(self.translate) == bool(self.export):
+            raise InputError("--tuned needs --translate or --export, what to do with that run")
+        if (self.translate or self.export) and not self.tuned:
+            raise InputError("--translate and --export need --tuned, the folder of a finished run")
+
+
+def flag_of(name):
+    """ "eval_pairs" -> "--eval-pairs" """
+    return "--" + name.replace("_", "-")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f"{message}; -h lists the options")
+
+
+def parse_arguments(argv):
+    """Command-line words -> {name: value} of the settings that were given."""
+    about = __doc__.split("\n\n")[0]
+    parser = Parser(
+        "lander.py", description=about, argument_default=argparse.SUPPRESS, allow_abbrev=False
+    )
+    for setting in fields(Settings):
+        flag, kind, text = flag_of(setting.name), setting.type, setting.metadata["help"]
+        if kind is bool:
+            parser.add_argument(flag, action="store_true", help=text)
+        else:
+            if setting.default != "":
+                text += f" (default: {setting.default})"
+            parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=text)
+    return vars(parser.parse_args(argv))
+
+
+class Progress:
+    """Rate and time left of a long step, on stderr: a line each 30 s, or one that updates itself."""
+
+    def __init__(self, label, total, unit, done=0):
+        self.label, self.total, self.unit = label, total, unit
+        self.done = self.first = done
+        self.start = self.shown = time.monotonic()
+
+    def add(self, count, note=""):
+        self.done += count
+        terminal, now = sys.stderr.isatty(), time.monotonic()
+        if terminal and self.done >= self.total:
+            print(f"\r{'':<79}\r", end="", file=sys.stderr, flush=True)
+        elif now - self.shown > (0.2 if terminal else 30):
+            self.shown = now
+            rate = max(self.done - self.first, 1) / (now - self.start)
+            left = f"{rate:.3g}/s, {(self.total - self.done) / rate:.0f} s left"
+            line = f"{self.label}: {self.done}/{self.total} {self.unit}, {left}{note}"
+            line = f"\r{line:<79}" if terminal else f"{line}\n"
+            print(line, end="", file=sys.stderr, flush=True)
+
+
+def counted(batches, label, sentences):
+    """Those of the batches that this process works on, with progress."""
+    progress = Progress(label, sentences, "sentences")
+    for batch in of_this_process(batches):
+        yield batch
+        progress.add(len(batch.ids) * process_count())
+
+
+def say(line=""):
+    """Print a line, wrapped to 80 columns."""
+    wrapped = textwrap.fill(line, 80, subsequent_indent="   ", break_long_words=False)
+    print(wrapped, flush=True)
+
+
+def note(line):
+    """Print a line on stderr, with what could steer a terminal spelled out."""
+    print("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line), file=sys.stderr)
+
+
+# --------------------------------------------------------------------------------------------------
+# The run folder: each step of a run leaves a file, and a resumed run goes on after the last one
+
+
+READERS = {".json": read_json, ".safetensors": read_tensors}
+WRITERS = READERS | {".json": write_json, ".safetensors": write_tensors}
+WRITERS |= {".txt": write_lines, ".jsonl": write_lines}
+
+
+def write(path, value):
+    """Write a file of the run, by its suffix; of several processes the first one does."""
+    if process_number() == 0:
+        WRITERS[path.suffix](path, value)
+
+
+def grow(path, keys, make):
+    """A file with an entry for each key: what it lacks is made, and written as soon as it is done.
+
+    Every process works on each entry, so none can find in the file what another is yet to make.
+    -> key -> entry
+    """
+    entries = READERS[path.suffix](path) if path.exists() else {}
+    for key in keys:
+        if key not in entries:
+            entries[key] = make(key)
+            write(path, entries)
+    return entries
+
+
+PLACES = "weights", "data"  # may differ on resuming: fingerprints know what lies there
+
+
+def recorded(settings):
+    """What args.json holds, the files' fingerprints apart: what a result depends on."""
+    device, dtype = choose_device(settings)
+    record = asdict(settings) | {"torch": torch.__version__}
+    record |= {"device": device.type, "dtype": str(dtype).removeprefix("torch.")}
+    for name in ("out", "resume", "translate", "tuned", "export"):
+        del record[name]
+    for name in PLACES:  # a path that is no UTF-8 is recorded as well as can be
+        record[name] = os.path.abspath(record[name]).encode("utf-8", "replace").decode()
+    return record
+
+
+def read_args(folder):
+    """args.json of a run. InputError where it is of another version."""
+    path = folder / "args.json"
+    record = read_json(path)
+    with reading(path):
+        odd = record.keys() ^ {*recorded(Settings()), "files", "new_tokens"}
+        if odd:
+            raise InputError(f"{path}: of another version, at {', '.join(sorted(odd))}")
+        record["files"], record["new_tokens"] = dict(record["files"]), dict(record["new_tokens"])
+    return record
+
+
+def check_run_folder(folder, settings):
+    """InputError for a folder that holds another run, or this one without --resume."""
+    if not (folder / "args.json").exists():
+        if any(folder.glob("*.safetensors")):
+            raise InputError(f"{folder}: holds files of a run, but not its args.json")
+        if settings.resume:
+            note(f"{folder}: no run to go on with, so one begins")
+        return
+    if not settings.resume:
+        remedy = "--resume goes on with it, --out names another folder"
+        raise InputError(f"{folder}: holds a run already; {remedy}")
+    before, now = read_args(folder), recorded(settings)
+    for name in now.keys() - PLACES:
+        if before[name] != now[name]:
+            changed = f"{flag_of(name)} {before[name]}, now {flag_of(name)} {now[name]}"
+            raise InputError(f"{folder}: was run with {changed}; --resume needs the same")
+
+
+def record_args(folder, settings, paths, new_tokens):
+    """Write args.json. InputError that names a file that has changed since the run began.
+
+    paths: name -> path of all that the run reads. -> name -> fingerprint
+    """
+    files = {name: fingerprint(path) for name, path in paths.items()}
+    if (folder / "args.json").exists():
+        before = read_args(folder)["files"]
+        for name in sorted(before.keys() | files.keys()):
+            if before.get(name) != files.get(name):
+                changed = f"{paths.get(name, name)} has changed since the run began"
+                raise InputError(f"{folder}: {changed}; --resume needs the same")
+    record = recorded(settings) | {"files": files, "new_tokens": new_tokens}
+    write(folder / "args.json", record)
+    return files
+
+
+def merged(learners):
+    """What learns from any pair. pair -> {name: Parameter} -> {name: Parameter}"""
+    parameters = {}
+    for of_pair in learners.values():
+        parameters |= of_pair
+    return parameters
+
+
+def save_state(path, parameters, optimizer, step):
+    """Weights, AdamW's moments and the number of steps done: one file, so that they fit together."""
+    tensors = {"step": torch.tensor(step)}
+    for name, parameter in parameters.items():
+        tensors[name] = parameter.detach()
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{name}/{key}"] = value
+    write(path, tensors)
+
+
+def load_state(path, parameters, optimizer):
+    """Undo save_state. -> steps done"""
+    tensors = read_tensors(path)
+    with reading(path):
+        load_parameters(path, {name: tensors.pop(name) for name in parameters}, parameters)
+        step = int(tensors.pop("step"))
+        for name, value in tensors.items():
+            owner, key = name.split("/")
+            parameter = parameters[owner]
+            shape = () if key == "step" else parameter.shape
+            optimizer.state[parameter][key] = value.to(parameter.device, torch.float32).view(shape)
+    return step
+
+
+def load_parameters(path, tensors, parameters):
+    """Copy tensors into parameters of the same names.
+
+    InputError where they differ in name, shape or type, or hold what is no number.
+    """
+    wrong = sorted(tensors.keys() ^ parameters.keys())
+    for name in tensors.keys() & parameters.keys():
+        tensor, parameter = tensors[name], parameters[name]
+        if tensor.shape != parameter.shape or tensor.dtype != parameter.dtype:
+            wrong.append(name)
+        elif not tensor.isfinite().all():
+            wrong.append(f"{name} (not all numbers)")
+    if wrong:
+        raise InputError(f"{path}: does not fit this model and neurons.json, at {', '.join(wrong)}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+# --------------------------------------------------------------------------------------------------
+# tune
 
 
 VALID_SENTENCES = 500
+SAVE_EVERY = 30  # seconds at least, and twenty times what the last save took
 
 
 def choose_device(settings):
     """-> torch.device and dtype"""
     name = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and process_count() > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.ones(1, device=device).item()
@@ -991,263 +971,291 @@ def choose_pairs(choice, folder, split):
     return pairs
 
 
-def read_args(folder):
-    """What args.json of a run holds: its settings, and of each file that it read a fingerprint."""
-    path = folder / "args.json"
-    shape = {setting.name: type(setting.default) for setting in fields(Settings)}
-    del shape["resume"], shape["export"]
-    shape["files"] = {str: str}
-    record = read_json(path, shape)
-    for name in record:
-        if name not in shape:
-            raise InputError(f"{path}: {name!r} is no setting of this version")
-    return record
-
-
-def check_run_folder(folder, settings):
-    """InputError for a folder that holds another run, or this one without --resume."""
-    if not (folder / "args.json").exists():
-        for name in ("layers.json", "awareness.safetensors", "tuned.safetensors", "results.json"):
-            if (folder / name).exists():
-                raise InputError(f"{folder}: holds {name} of a run, but not its args.json")
-        return
-    if not settings.resume:
-        remedy = "--resume goes on with it, --out names another folder"
-        raise InputError(f"{folder}: holds a run already; {remedy}")
-    now = asdict(settings)
-    for name, value in read_args(folder).items():
-        if name != "files" and now[name] != value:
-            found = f"was run with {flag_of(name)} {value}, now {flag_of(name)} {now[name]}"
-            raise InputError(f"{folder}: {found}; --resume needs the same")
-
-
-def record_args(folder, settings, paths):
-    """Write args.json; where it is there, InputError that names a file that has changed since."""
-    files = {str(path): fingerprint(path) for path in paths}
-    if (folder / "args.json").exists():
-        before = read_args(folder)["files"]
-        for path in sorted(before.keys() | files.keys()):
-            if before.get(path) != files.get(path):
-                found = f"{path} has changed since the run began"
-                raise InputError(f"{folder}: {found}; --resume needs the same")
-        return
-    record = asdict(settings) | {"files": files}
-    del record["resume"], record["export"]
-    write_json(folder / "args.json", record)
-
-
 def open_checkpoint(folder):
-    """The Config and the tokenizer of a checkpoint. InputError where they do not fit together."""
+    """-> Config, tokenizer, and name in args.json -> path of all files of a checkpoint that are read
+
+    InputError where the two do not fit together.
+    """
     config, tokenizer = Config.from_folder(folder), load_tokenizer(folder)
     if tokenizer.vocab_size > config.vocab_size:
-        found = f"{tokenizer_file(folder)} has {tokenizer.vocab_size} tokens"
+        found = f"{tokenizer.paths[0]} has {tokenizer.vocab_size} tokens"
         raise InputError(f"{found}, config.json an embedding of {config.vocab_size}")
-    return config, tokenizer
+    folder = Path(folder)
+    paths = [folder / "config.json", *tokenizer.paths, *checkpoint_files(folder)]
+    paths += folder.glob("model.safetensors.index.json")
+    return config, tokenizer, {f"weights/{path.name}": path for path in paths}
 
 
 class Inputs(NamedTuple):
-    """What a run reads, each by pair."""
+    """The text that a run reads, each by pair."""
 
-    train: dict  # tuned pair -> Examples
+    train: dict  # tuned pair -> [(source, target), ...]
     valid: dict  # tuned pair -> rendered examples, where there is such text
     scoring: dict  # tuned and other pairs -> rendered examples for the scores
     test: dict  # evaluated pair -> [(source, target), ...]
-    files: dict  # path -> None, in the order of reading
+    paths: dict  # name in args.json -> path
+    max_tokens: int  # longer examples are skipped
+    new_tokens: dict  # pair -> how many a translation may have for each token of its prompt
 
 
-class Examples(Sequence):
-    """Training text, each example rendered when its step comes: None if it is over max_tokens.
-
-    So millions of pairs take no time before the first step, on resuming neither.
-    """
-
-    def __init__(self, tokenizer, pair, text, max_tokens):
-        self.tokenizer, self.pair, self.text, self.max_tokens = tokenizer, pair, text, max_tokens
-        self.read = self.skipped = 0
-
-    def __len__(self):
-        return len(self.text)
-
-    def __getitem__(self, i):
-        prompt, target = render(self.tokenizer, self.pair, *self.text[i])
-        self.read += 1
-        if len(prompt) + len(target) <= self.max_tokens:
-            return prompt, target
-        self.skipped += 1
+def short_enough(examples, max_tokens):
+    return [example for example in examples if len(example[0]) + len(example[1]) <= max_tokens]
 
 
-def read_text(settings, split, pair, files):
-    text = open_parallel(settings.data, split, pair)
-    files.update(dict.fromkeys(find_parallel(settings.data, split, pair)[0]))
-    if not text:
-        raise InputError(f"{settings.data}: the {split} text of {pair} is empty")
-    return text
-
-
-def render_examples(tokenizer, pair, text, settings, what):
+def keep_short(examples, pair, max_tokens, what):
     """Rendered examples that fit into max_tokens; the others are counted. InputError for none."""
-    rendered = [render(tokenizer, pair, source, target) for source, target in text]
-    lengths = [len(prompt) + len(target) for prompt, target in rendered]
-    kept = [one for one, length in zip(rendered, lengths) if length <= settings.max_tokens]
+    kept = short_enough(examples, max_tokens)
     if not kept:
-        found = f"all {len(rendered)} {what} examples of {pair}, the shortest with {min(lengths)}"
-        limit = f"tokens, are longer than --max-tokens {settings.max_tokens}"
-        raise InputError(f"{settings.data}: {found} {limit}")
-    if skipped := len(rendered) - len(kept):
-        found = f"skipped {skipped} of {len(rendered)} examples, over {settings.max_tokens} tokens"
-        print(f"{what} {pair}: {found}", file=sys.stderr)
+        shortest = min(len(prompt) + len(target) for prompt, target in examples)
+        found = (
+            f"all {len(examples)} {what} examples of {pair}, the shortest with {shortest} tokens"
+        )
+        raise InputError(f"{found}, are longer than --max-tokens {max_tokens}")
+    if len(kept) < len(examples):
+        skipped = f"{len(examples) - len(kept)} of {len(examples)} examples"
+        note(f"{what} {pair}: skipped {skipped}, over {max_tokens} tokens")
     return kept
 
 
 def read_inputs(tokenizer, tuned, settings):
-    """Read all text that a run needs, so that what is wrong with it shows before anything long."""
-    inputs = Inputs({}, {}, {}, {}, {})
+    """Read all text that a run needs, so that what is wrong with it shows before anything long.
+
+    A script may take ten tokens where English takes one: limits grow with what a pair takes.
+    """
+    paths, train, valid, scoring, test = {}, {}, {}, {}, {}
+
+    def read(split, pair):
+        text = open_parallel(settings.data, split, pair)
+        paths.update({f"data/{path.name}": path for path in text.paths})
+        if not text:
+            raise InputError(f"{settings.data}: the {split} text of {pair} is empty")
+        return text
+
+    def rendered(pair, text):
+        return [render(tokenizer, pair, source, target) for source, target in text]
+
     for pair in tuned:
-        text = read_text(settings, "train", pair, inputs.files)
-        inputs.train[pair] = Examples(tokenizer, pair, text, settings.max_tokens)
+        train[pair] = read("train", pair)
+    compared = choose_pairs(settings.score_pairs, settings.data, "train")
+    for pair in tuned + [pair for pair in compared if pair not in tuned]:
+        text = train[pair] if pair in tuned else read("train", pair)
+        size = min(settings.score_sentences, len(text))
+        scoring[pair] = rendered(pair, random.Random(settings.seed).sample(text, size))
+    if len(scoring) < 2:
+        raise InputError(f"{settings.data}: training text of one pair only; {NEEDS_TWO_PAIRS}")
     with_valid = list_pairs(settings.data, "valid")
     for pair in tuned:
         if pair in with_valid:
-            own = read_text(settings, "valid", pair, inputs.files)[:VALID_SENTENCES]
-            inputs.valid[pair] = render_examples(tokenizer, pair, own, settings, "validation")
-    compared = choose_pairs(settings.score_pairs, settings.data, "train")
-    for pair in tuned + [pair for pair in compared if pair not in tuned]:
-        if pair in tuned:
-            own = inputs.train[pair].text
-        else:
-            own = read_text(settings, "train", pair, inputs.files)
-        size = min(settings.score_sentences, len(own))
-        sample = random.Random(settings.seed).sample(own, size)
-        inputs.scoring[pair] = render_examples(tokenizer, pair, sample, settings, "scoring")
-    if len(inputs.scoring) < 2:
-        raise InputError(f"{settings.data}: training text of one pair only; {NEEDS_TWO_PAIRS}")
+            valid[pair] = rendered(pair, read("valid", pair)[:VALID_SENTENCES])
+    max_tokens, new_tokens = settings.max_tokens, {}
+    for pair, examples in scoring.items():
+        ratio = median(len(target) / len(prompt) for prompt, target in examples)
+        new_tokens[pair] = max(NEW_TOKENS, math.ceil(3 * ratio))
+        length = median(len(prompt) + len(target) for prompt, target in examples)
+        if not settings.max_tokens:
+            max_tokens = max(max_tokens, 256, math.ceil(4 * length))
+    for examples, what in ((scoring, "scoring"), (valid, "validation")):
+        for pair in examples:
+            examples[pair] = keep_short(examples[pair], pair, max_tokens, what)
     for pair in choose_pairs(settings.eval_pairs or settings.pair, settings.data, "test"):
         make_metrics(pair)  # which may lack its tokenizer
-        own = read_text(settings, "test", pair, inputs.files)
-        inputs.test[pair] = own[: settings.eval_sentences or None]
-    return inputs
+        test[pair] = read("test", pair)[: settings.eval_sentences or None]
+    return Inputs(train, valid, scoring, test, paths, max_tokens, new_tokens)
 
 
-def check_scores(scores, what):
-    """InputError for scores that are no numbers, or that say nothing: they would decide all."""
-    if not scores.isfinite().all():
-        raise InputError(f"{what}: not all numbers; are the weights?")
+def check_scores(scores, size, what):
+    """InputError for scores that are not `size` numbers, or that say nothing: they decide all."""
+    if scores.shape != (size,) or not scores.isfinite().all():
+        raise InputError(f"{what}: not all numbers, or not {size}; are the weights?")
     if not scores.any():
         raise InputError(f"{what}: all zero")
 
 
 def analyse_layers(model, tokenizer, scoring, tuned, settings, path):
-    """Write layers.json: of each tuned pair the means, differences and selected layers.
+    """layers.json: of each tuned pair the means, differences and selected layers.
 
-    What a file that is there already says of the means is not computed again.
     -> pair -> selected layers
     """
-    L = model.config.layers
-    known = read_json(path, {str: {"means": [float]}}) if path.exists() else {}
-    analysis = {}
-    for pair in tuned:
-        what = f"layer means of {pair}"
-        if pair in known:
-            means = torch.tensor(known[pair]["means"])
-            what = f"{path}: {what}"
-        else:
-            prompts = [(prompt, []) for prompt, _ in scoring[pair]]
-            batches = make_batches(prompts, tokenizer.pad_id, settings.micro_tokens)
-            means = activation_means(model, counted(batches, f"layers for {pair}", len(prompts)))
-        if means.shape != (L,):
-            raise InputError(f"{what}: {len(means)} layers, the model has {L}")
-        check_scores(means, what)
-        differences = layer_differences(means)
+
+    def analyse(pair):
+        prompts = [(prompt, []) for prompt, _ in scoring[pair]]
+        batches = make_batches(prompts, tokenizer.pad_id, settings.micro_tokens)
+        means = activation_means(model, counted(batches, f"layers for {pair}", len(prompts)))
+        check_scores(means, model.config.layers, f"layer means of {pair}")
+        differences = layer_differences(means).tolist()
         selected = select_layers(differences, settings.layers)
-        analysis[pair] = {"selected": selected, "means": means.tolist()}
-        analysis[pair]["differences"] = differences.tolist()
-    write_json(path, analysis)
-    return {pair: analysis[pair]["selected"] for pair in tuned}
+        return {"selected": selected, "means": means.tolist(), "differences": differences}
+
+    analysis, selected = grow(path, tuned, analyse), {}
+    with reading(path):
+        for pair in tuned:
+            differences = torch.tensor(analysis[pair]["differences"])
+            check_scores(differences, model.config.layers - 1, f"{path}: differences of {pair}")
+            selected[pair] = select_layers(differences, settings.layers)
+    return selected
 
 
 def group_neurons(model, tokenizer, scoring, selected, settings, folder):
-    """Write neurons.json, and awareness.safetensors as each pair's awareness is done.
-
-    What a file that is there already says of awareness is not computed again. -> groups
-    """
-    path = folder / "awareness.safetensors"
-    awareness = read_tensors(path) if path.exists() else {}
+    """awareness.safetensors, with the awareness for each pair, and neurons.json. -> groups"""
     layers = union(selected)
-    for pair in scoring:
-        if pair not in awareness:
-            batches = make_batches(scoring[pair], tokenizer.pad_id, settings.micro_tokens)
-            batches = counted(batches, f"scoring {pair}", len(scoring[pair]))
-            awareness[pair] = neuron_awareness(model, batches, layers)
-            write_tensors(path, awareness)
-        shape, expected = awareness[pair].shape, (len(layers), model.config.ffn_size)
-        if shape != expected or awareness[pair].dtype != torch.float32:
-            raise InputError(f"{path}: {pair}: {list(shape)}, expected {list(expected)} in fp32")
-        for layer, scores in zip(layers, awareness[pair]):
-            check_scores(scores, f"{path}: awareness for {pair} in layer {layer}")
-    stacked = torch.stack([awareness[pair] for pair in scoring])  # [P, K, F]
+
+    def score(pair):
+        batches = make_batches(scoring[pair], tokenizer.pad_id, settings.micro_tokens)
+        batches = counted(batches, f"scoring {pair}", len(scoring[pair]))
+        return neuron_awareness(model, batches, layers)
+
+    path = folder / "awareness.safetensors"
+    awareness = grow(path, scoring, score)
+    with reading(path):
+        for pair in scoring:
+            for layer, scores in zip(layers, awareness[pair], strict=True):
+                what = f"{path}: awareness for {pair} in layer {layer}"
+                check_scores(scores, model.config.ffn_size, what)
+        stacked = torch.stack([awareness[pair] for pair in scoring])  # [P, K, F]
     owner = categorize(stacked, settings.epsilon)
     groups = describe_groups(stacked, owner, list(scoring), selected)
-    write_json(folder / "neurons.json", groups)
+    write(folder / "neurons.json", groups)
     return groups
 
 
-def read_groups(path, config):
-    """neurons.json of a finished run. InputError where it cannot be of this model."""
-    groups = read_json(path, {str: {"specific": {str: [int]}, "share": {str: (None, float)}}})
-    for layer, group in groups.items():
-        neurons = [i for own in group["specific"].values() for i in own]
-        known_layer = layer.isdecimal() and int(layer) < config.layers
-        if not known_layer or not set(neurons) <= set(range(config.ffn_size)):
-            sizes = f"{config.layers} layers of {config.ffn_size} neurons"
-            raise InputError(f"{path}: layer {layer}: does not fit a model of {sizes}")
-        if len(set(neurons)) < len(neurons):
-            raise InputError(f"{path}: layer {layer}: a neuron has two owners")
-        for pair, share in group["share"].items():
-            if pair not in group["specific"] or not (share is None or 0 < share < 1):
-                raise InputError(f"{path}: layer {layer}: share of {pair} is {share}")
-    return groups
+def count_steps(text, settings):
+    """How many steps a run takes: as many as --steps says, or one epoch."""
+    return settings.steps or sum(math.ceil(len(pairs) / settings.batch) for pairs in text.values())
 
 
-def show_validation(log_path):
-    """The validation losses before and after, from the first and the last line of the log."""
-    lines = read_lines(log_path)
-    if len(lines) < 2:
-        raise InputError(f"{log_path}: has {len(lines)} lines, expected at least 2")
-    shape = {"valid_loss": {str: float}}
-    before, after = (parse_json(line, shape, log_path) for line in (lines[0], lines[-1]))
-    before, after = before["valid_loss"], after["valid_loss"]
-    if before.keys() != after.keys():
-        raise InputError(f"{log_path}: its first and last line are not of the same pairs")
-    if before:
+def step_batches(tokenizer, text, settings, start):
+    """The steps of a run from number `start` on, as training_steps takes them.
+
+    Examples are rendered when their step comes, so that millions of them take no time before the
+    first step. One over max_tokens is left out of its step.
+    """
+    sizes = {pair: len(pairs) for pair, pairs in text.items()}
+    steps = schedule(sizes, settings.batch, settings.seed)
+    for pair, numbers in islice(steps, start, count_steps(text, settings)):
+        examples = [render(tokenizer, pair, *text[pair][i]) for i in of_this_process(numbers)]
+        kept = short_enough(examples, settings.max_tokens)
+        batches = make_batches(kept, tokenizer.pad_id, settings.micro_tokens)
+        yield pair, list(batches), len(examples) - len(kept)
+
+
+def train(model, tokenizer, learners, text, valid, settings, folder, weight_decay=WEIGHT_DECAY):
+    """Train to the end, from the last saved state if there is one, and write tuned.safetensors.
+
+    learners: pair -> {name: Parameter}, as what_learns; text: pair -> [(source, target), ...];
+    valid: pair -> rendered examples. log.jsonl gets a line a step, state.safetensors holds the last
+    good state. InputError where the loss is no longer a number.
+    """
+    log_path, state_path = folder / "log.jsonl", folder / "state.safetensors"
+    parameters, total = merged(learners), count_steps(text, settings)
+    optimizer = torch.optim.AdamW(parameters.values(), weight_decay=weight_decay, fused=True)
+
+    def validate(step):
+        losses = {}
+        for pair, examples in valid.items():
+            batches = make_batches(examples, tokenizer.pad_id, settings.micro_tokens)
+            batches = counted(batches, f"validation loss of {pair}", len(examples))
+            losses[pair] = validation_loss(model, pair, batches)
+        return json.dumps({"step": step, "valid_loss": losses})
+
+    start = 0
+    if state_path.exists():
+        start = load_state(state_path, parameters, optimizer)
+        lines = read_lines(log_path)[: start + 1]  # the first line is the validation loss
+        if not 0 < start <= total or len(lines) <= start:
+            raise InputError(f"{log_path}: {len(lines)} lines, but {state_path} is of step {start}")
+    else:
+        lines = [validate(0)]
+    write(log_path, lines)
+
+    progress = Progress("training", total, "steps", done=start)
+    saved, wait = time.monotonic(), SAVE_EVERY
+    model.checkpointing = settings.checkpointing
+    batches = step_batches(tokenizer, text, settings, start)
+    steps = training_steps(model, learners, batches, total, optimizer, settings.lr, start)
+    with open(os.devnull if process_number() else log_path, "a", encoding="utf-8") as log:
+        for entry in steps:
+            step, loss, norm = entry["step"], entry["loss"], entry["gradient_norm"]
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                found = f"step {step}: the loss is {loss} and its gradient {norm}"
+                if state_path.exists():
+                    found += f"; the last good state is {state_path}"
+                raise InputError(f"{found}; run again with a lower --lr and another --out")
+            print(json.dumps(entry), file=log, flush=True)
+            progress.add(1, f", loss {loss:.3f}")
+            if time.monotonic() - saved > wait or step == total:
+                began = time.monotonic()
+                save_state(state_path, parameters, optimizer, step)
+                saved = time.monotonic()
+                wait = max(SAVE_EVERY, 20 * (saved - began))
+        model.checkpointing = False
+        print(validate(total), file=log)
+    write(folder / "tuned.safetensors", {name: p.detach() for name, p in parameters.items()})
+    wait_for_all()
+
+
+def show_training(log_path, max_tokens):
+    """The validation losses before and after, and how many examples were too long, from the log."""
+    entries = [json.loads(line) for line in read_lines(log_path)]
+    with reading(log_path):
+        skipped = sum(entry["skipped"] for entry in entries[1:-1])
+        before, after = entries[0]["valid_loss"], entries[-1]["valid_loss"]
         changes = [f"{pair} {before[pair]:.3f} to {after[pair]:.3f}" for pair in before]
+    if changes:
         say(f"   loss of a validation token: {', '.join(changes)}")
+    if skipped:
+        note(f"training: skipped {skipped} examples, over --max-tokens {max_tokens}")
+
+
+def evaluate_all(model, tokenizer, test, new_tokens, when, settings, folder):
+    """Translate the test text of each pair, and score it; results.json grows pair by pair.
+
+    What that file says already is not computed again. -> what it holds
+    """
+    path = folder / "results.json"
+    results = read_json(path) if path.exists() else {}
+    with reading(path):
+        for pair, scores in results.items():
+            if pair not in test or not scores.keys() <= {"before", "after"}:
+                raise InputError(f"{path}: {pair}: {', '.join(scores)} is not of this run")
+    for pair, text in test.items():
+        if when in results.setdefault(pair, {}):
+            continue
+        here = math.ceil(len(text) / process_count())
+        progress = Progress(f"translating {pair}", here, "sentences")
+        options = {"beams": settings.beams, "cache_gb": settings.cache_gb}
+        options["new_tokens"] = new_tokens.get(pair, NEW_TOKENS)
+        hypotheses, scores = evaluate(model, tokenizer, pair, text, progress, **options)
+        results[pair][when] = scores
+        write(folder / "hypotheses" / f"{pair}.{when}.txt", hypotheses)
+        write(path, results)
+    return results
 
 
 def show_table(results, tuned):
     """Scores before and after, pair by pair, with the means of the tuned pairs and of the others."""
-    say()
-    print("pair          BLEU before   after  change   chrF before   after  change")
+    print("\npair          BLEU before   after  change   chrF before   after  change")
 
-    def show(label, pairs, note=""):
+    def show(label, pairs, remark=""):
         row = f"{label:<13}"
         for metric, width in (("bleu", 12), ("chrf", 14)):
             before = sum(results[pair]["before"][metric] for pair in pairs) / len(pairs)
             after = sum(results[pair]["after"][metric] for pair in pairs) / len(pairs)
             row += f"{before:{width}.2f}{after:8.2f}{after - before:+8.2f}"
-        print(row + note)
+        print(row + remark)
 
     for pair in results:
-        show(pair, [pair], note="  tuned" if pair in tuned else "")
-    own = [pair for pair in results if pair in tuned]
+        show(pair, [pair], "  tuned" if pair in tuned else "")
+    evaluated = [pair for pair in results if pair in tuned]
     others = [pair for pair in results if pair not in tuned]
-    if own:
-        show("mean, tuned", own)
+    if evaluated:
+        show("mean, tuned", evaluated)
     if others:
         show("mean, others", others)
     for when in ("before", "after"):
         cut = sum(scores[when]["cut"] for scores in results.values())
         if cut:
-            say(f"{cut} translations {when} tuning ran to their limit, as a loop does.")
+            limits = f"{LEAST_NEW_TOKENS} tokens, or {NEW_TOKENS} or more for each of the prompt's"
+            say(f"{cut} translations {when} tuning ran to their limit, as a loop does: {limits}.")
 
 
 def run(settings):
@@ -1255,123 +1263,139 @@ def run(settings):
     if not settings.data:
         raise InputError("--data names no folder of parallel text")
     folder = Path(settings.out or f"runs/{settings.pair}")
-    with locked(folder):
+    with nullcontext() if process_number() else locked(folder):
         return tune(settings, folder)
 
 
 def tune(settings, folder):
     """The whole method; each step leaves a file in the run folder, a resumed run skips those done."""
     started = time.monotonic()
-    check_run_folder(folder, settings)
-    wait_for_all()  # what the first process writes from now on, all have looked for
     device, dtype = choose_device(settings)
+    given = settings
+    check_run_folder(folder, settings)
+    wait_for_all()  # until all have looked for what the first process writes from now on
     tuned = choose_pairs(settings.pair, settings.data, "train")
-    config, tokenizer = open_checkpoint(settings.weights)
-    check_layer_count(settings.layers, config.layers - 1)
+    config, tokenizer, paths = open_checkpoint(settings.weights)
+    select_layers(torch.zeros(config.layers - 1), settings.layers)  # too many show at once
     inputs = read_inputs(tokenizer, tuned, settings)
-    model = load_model(settings.weights, device, dtype).requires_grad_(False)
-    weights = Path(settings.weights)
-    files = [*tokenizer_files(weights), *checkpoint_files(weights)]  # config.json is one of them
-    files += weights.glob("model.safetensors.index.json")
-    record_args(folder, settings, [*files, *inputs.files])
+    paths |= inputs.paths
+    settings = replace(settings, max_tokens=inputs.max_tokens)
+    model = load_model(settings.weights, device, dtype, config).requires_grad_(False)
+    fingerprints = record_args(folder, given, paths, inputs.new_tokens)
     size = sum(p.numel() for p in model.parameters())
     say(f"{settings.weights}: {config.family}, {config.layers} layers, {size:,} parameters")
     say(f"{dtype} on {device}")
 
-    say()
-    say("1. Layers: which change a prompt's representation most?")
+    print("\n1. Layers: which change a prompt's representation most?", flush=True)
     path = folder / "layers.json"
     selected = analyse_layers(model, tokenizer, inputs.scoring, tuned, settings, path)
     for pair in tuned:
         say(f"   {pair}: {', '.join(map(str, selected[pair]))} of 0 to {config.layers - 1}")
 
-    say()
-    say(f"2. Neurons: which does one of {len(inputs.scoring)} pairs need more than the others?")
+    print(
+        f"\n2. Neurons: which does one of {len(inputs.scoring)} pairs need more than the others?",
+        flush=True,
+    )
     groups = group_neurons(model, tokenizer, inputs.scoring, selected, settings, folder)
     counts = dict.fromkeys(inputs.scoring, 0)
     for group in groups.values():
         for pair, neurons in group["specific"].items():
             counts[pair] += len(neurons)
     specific = sum(counts.values())
-    own = ", ".join(f"{counts[pair]} of {pair}" for pair in tuned)
-    say(f"   {len(groups) * config.ffn_size - specific} general, {specific} specific: {own}")
+    owned = ", ".join(f"{counts[pair]} of {pair}" for pair in tuned)
+    say(f"   {len(groups) * config.ffn_size - specific} general, {specific} specific: {owned}")
 
-    say()
-    say(f"3. Translating the test text of {len(inputs.test)} pairs, before tuning")
-    results_path = folder / "results.json"  # of what was evaluated so far
-    shape = {str: {str: {"bleu": float, "chrf": float, "cut": int}}}
-    results = read_json(results_path, shape) if results_path.exists() else {}
-    for pair, scores in results.items():
-        if pair not in inputs.test or not scores.keys() <= {"before", "after"}:
-            raise InputError(f"{results_path}: {pair}: {', '.join(scores)} is not of this run")
-
-    def evaluate_all(when):
-        for pair, text in inputs.test.items():
-            scores = results.setdefault(pair, {})
-            if when not in scores:
-                path = folder / "hypotheses" / f"{pair}.{when}.txt"
-                scores[when] = evaluate(model, tokenizer, pair, text, settings, path)
-                write_json(results_path, results)
-
+    print(f"\n3. Translating the test text of {len(inputs.test)} pairs, before tuning", flush=True)
     for pair, text in inputs.test.items():
         for side, name in enumerate(("source", "reference")):
             lines = [sentences[side] for sentences in text]
-            write_lines(folder / "hypotheses" / f"{pair}.{name}.txt", lines)
-    evaluate_all("before")
+            write(folder / "hypotheses" / f"{pair}.{name}.txt", lines)
+    evaluated = model, tokenizer, inputs.test, inputs.new_tokens
+    evaluate_all(*evaluated, "before", settings, folder)
 
     install_routing(model, groups, not settings.no_routing)
     learners = {pair: what_learns(model, pair) for pair in tuned}
     trained = sum(p.numel() for p in merged(learners).values())
     size = sum(p.numel() for p in model.parameters())
     routers = "" if settings.no_routing else " and routers"
-    say()
-    say("4. Training the general neurons and the pair's own" + routers)
+    print(f"\n4. Training the general neurons and the pair's own{routers}", flush=True)
     say(f"   {trained:,} of {size:,} parameters, {trained / size:.2%}")
     tuned_path = folder / "tuned.safetensors"
     if tuned_path.exists():
         load_parameters(tuned_path, read_tensors(tuned_path), merged(learners))
     else:
         train(model, tokenizer, learners, inputs.train, inputs.valid, settings, folder)
-        for pair, own in inputs.train.items():
-            if own.skipped:
-                found = f"{own.skipped} of {own.read} examples, over {settings.max_tokens} tokens"
-                print(f"training {pair}: skipped {found}", file=sys.stderr)
     (folder / "state.safetensors").unlink(missing_ok=True)
-    show_validation(folder / "log.jsonl")
+    show_training(folder / "log.jsonl", settings.max_tokens)
 
-    say()
-    say("5. Translating again")
-    evaluate_all("after")
-    show_table(results, tuned)
-    say()
-    say(f"It took {time.monotonic() - started:.0f} s; everything is in {folder}")
+    print("\n5. Translating again", flush=True)
+    results = evaluate_all(*evaluated, "after", settings, folder)
+    with reading(folder / "results.json"):
+        show_table(results, tuned)
+    for name, path in paths.items():
+        if fingerprint(path) != fingerprints[name]:
+            note(f"{path} changed while the run used it: what was found is of neither version")
+    print(f"\nIt took {time.monotonic() - started:.0f} s; everything is in {folder}", flush=True)
     return results
 
 
-def finished_args(folder):
-    """The args of a run. InputError where it is not finished."""
-    tuned_path = folder / "tuned.safetensors"
-    if not tuned_path.exists():
-        raise InputError(f"{folder}: not the folder of a finished run, it has no {tuned_path.name}")
-    return read_args(folder)
+# --------------------------------------------------------------------------------------------------
+# translate
 
 
-def load_tuned(folder, args, settings):
-    """What a finished run made. -> Decoder, tokenizer, groups"""
-    weights = settings.weights or args["weights"]
+def read_groups(path, config):
+    """neurons.json of a finished run. InputError where it cannot be of this model."""
+    groups = read_json(path)
+    with reading(path):
+        for layer, group in groups.items():
+            neurons = [i for owned in group["specific"].values() for i in owned]
+            if int(layer) not in range(config.layers) or set(neurons) - set(range(config.ffn_size)):
+                sizes = f"{config.layers} layers of {config.ffn_size} neurons"
+                raise InputError(f"{path}: layer {layer}: does not fit a model of {sizes}")
+            if len(set(neurons)) < len(neurons):
+                raise InputError(f"{path}: layer {layer}: a neuron has two owners")
+            for pair, share in group["share"].items():
+                if pair not in group["specific"] or not (share is None or 0 < share < 1):
+                    raise InputError(f"{path}: layer {layer}: share of {pair} is {share}")
+    return groups
+
+
+TAKEN_OVER = "weights", "dtype", "beams", "no_routing"  # from the run, where they are not given
+WITH_TUNED = {*TAKEN_OVER, "pair", "device", "cache_gb", "translate", "tuned", "export"}
+
+
+def settings_of_run(given):
+    """Settings to translate or export with a finished run: what is given, else what the run had."""
+    folder = Path(given["tuned"])
+    for name in given.keys() - WITH_TUNED:
+        raise InputError(f"{flag_of(name)} has no effect with --tuned")
+    if not (folder / "tuned.safetensors").exists():
+        raise InputError(f"{folder}: not the folder of a finished run, it has no tuned.safetensors")
+    args = read_args(folder)
+    with reading(folder / "args.json"):
+        return Settings(**({name: args[name] for name in TAKEN_OVER} | given))
+
+
+def load_tuned(settings):
+    """What a finished run made. -> Decoder, tokenizer, tuned pair -> {name: Parameter}
+
+    InputError where the weights are not those that it tuned.
+    """
+    folder = Path(settings.tuned)
     device, dtype = choose_device(settings)
-    config, tokenizer = open_checkpoint(weights)
+    config, tokenizer, paths = open_checkpoint(settings.weights)
+    files = read_args(folder)["files"]
+    for name, path in paths.items():
+        if fingerprint(path) != files.get(name):
+            raise InputError(f"{path}: not the file that {folder} was tuned on")
     groups = read_groups(folder / "neurons.json", config)
-    model = load_model(weights, device, dtype)
-    install_routing(model, groups, not args["no_routing"])
-    learners = {pair: what_learns(model, pair) for pair in tuned_pairs(groups)}
+    model = load_model(settings.weights, device, dtype, config)
+    install_routing(model, groups, not settings.no_routing)
+    pairs = set().union(*(group["share"] for group in groups.values()))
+    learners = {pair: what_learns(model, pair) for pair in pairs}
     tuned_path = folder / "tuned.safetensors"
     load_parameters(tuned_path, read_tensors(tuned_path), merged(learners))
-    return model, tokenizer, groups
-
-
-def tuned_pairs(groups):
-    return set().union(*(group["share"] for group in groups.values()))
+    return model, tokenizer, learners
 
 
 LINES_AT_A_TIME = 1000  # sorted by length; their translations come in order
@@ -1380,63 +1404,62 @@ LINES_AT_A_TIME = 1000  # sorted by length; their translations come in order
 def translate(settings):
     """Translate lines with a finished run, to stdout: one line out for each line in."""
     split_pair(settings.pair)
-    folder = Path(settings.tuned)
-    args = finished_args(folder)
-    source = "/dev/stdin" if settings.translate == "-" else settings.translate
-    sources = read_lines(Path(source))
-    model, tokenizer, groups = load_tuned(folder, args, settings)
-    if settings.pair not in tuned_pairs(groups):
-        found = f"{settings.pair} was not tuned in {folder} ({args['pair']})"
-        print(f"{found}: general neurons, no routing", file=sys.stderr)
-    cut = 0
-    for first in range(0, len(sources), LINES_AT_A_TIME):
-        some, done, shown = sources[first : first + LINES_AT_A_TIME], {}, first
-        label = f"translating from line {first + 1} of {len(sources)}"
-        numbered = list(enumerate(some, first))
-        lines = translate_lines(model, tokenizer, settings.pair, numbered, settings, label)
-        for number, line, was_cut in lines:
-            done[number] = line
+    lines = read_lines("/dev/stdin" if settings.translate == "-" else settings.translate)
+    model, tokenizer, learners = load_tuned(settings)
+    if settings.pair not in learners:
+        note(f"{settings.pair} was not tuned in {settings.tuned}: general neurons, no routing")
+    limit = read_args(Path(settings.tuned))["new_tokens"].get(settings.pair, NEW_TOKENS)
+    progress, cut = Progress("translating", len(lines), "lines"), 0
+    for first in range(0, len(lines), LINES_AT_A_TIME):
+        sources = dict(enumerate(lines[first : first + LINES_AT_A_TIME], first))
+        translations = translate_lines(
+            model,
+            tokenizer,
+            settings.pair,
+            sources,
+            progress,
+            settings.beams,
+            settings.cache_gb,
+            limit,
+        )
+        for line, was_cut in translations.values():
+            print(line, flush=True)
             cut += was_cut
-            while shown in done:
-                print(done.pop(shown), flush=True)
-                shown += 1
     if cut:
-        print(f"{cut} of {len(sources)} ran to their limit, as a loop does", file=sys.stderr)
+        note(f"{cut} of {len(lines)} ran to their limit, as a loop does")
+
+
+# --------------------------------------------------------------------------------------------------
+# export
 
 
 # What of a checkpoint folder goes with the weights: tokenizers and how to generate. No code.
-COMPANIONS = [
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "generation_config.json",
-]
-COMPANIONS += ["special_tokens_map.json", "added_tokens.json"]
+COMPANIONS = "tokenizer.model", "*token*.json", "generation_config.json"
 
 
 def export(settings):
     """Write a finished run as a published checkpoint: trained neurons back in their places.
 
-    In the type that the run computes in (--dtype). InputError for a routed run.
+    In the type that the run computed in, or --dtype. InputError for a routed run.
     """
     folder = Path(settings.export)
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder}: not empty")
-    run = Path(settings.tuned)
-    args = finished_args(run)
-    model, _, _ = load_tuned(run, args, settings)
+    model, _, _ = load_tuned(settings)
     for layer, ffn in routed_layers(model).items():
         if ffn.share:
             expected = "no place in a published checkpoint; tune with --no-routing to export"
-            raise InputError(f"{run}: its tokens are routed, which has {expected}")
+            raise InputError(f"{settings.tuned}: its tokens are routed, which has {expected}")
         model.blocks[layer].ffn = ffn.whole()
-    weights = Path(settings.weights or args["weights"])
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in COMPANIONS:
-        if (weights / name).exists():
-            shutil.copyfile(weights / name, folder / name)
     save_model(model, folder)
+    for pattern in COMPANIONS:
+        for path in Path(settings.weights).glob(pattern):
+            shutil.copyfile(path, folder / path.name)
     say(f"{folder}: {model.config.family} in {model.embedding.weight.dtype}")
+
+
+# --------------------------------------------------------------------------------------------------
+# The command line
 
 
 def main(argv=None):
@@ -1445,36 +1468,39 @@ def main(argv=None):
 
     def command():
         with torchrun():
-            dispatch()
-
-    def dispatch():
-        given = parse_arguments(argv)
-        settings = Settings(**given)
-        torch.manual_seed(settings.seed)
-        if process_count() > 1 and (settings.tuned or not settings.weights):
-            raise InputError("torchrun is for tuning a checkpoint; run this one without")
-        if settings.export:
-            return export(settings)
-        if settings.translate:
-            return translate(settings)
-        try:
-            if settings.weights:
-                run(settings)
-            else:
+            given = parse_arguments(argv)
+            settings = Settings(**given)
+            if settings.tuned:
+                settings = settings_of_run(given)
+            torch.manual_seed(settings.seed)
+            if process_count() > 1 and (settings.tuned or not settings.weights):
+                raise InputError("torchrun is for tuning a checkpoint; run this one without")
+            if settings.tuned:
+                return export(settings) if settings.export else translate(settings)
+            try:
+                if settings.weights:
+                    return run(settings)
                 from study import demo
 
                 demo.demo(given)
-        except KeyboardInterrupt:
-            several = ["torchrun", "--nproc-per-node", str(process_count())]
-            launcher = several if process_count() > 1 else ["python"]
-            words = [*launcher, "lander.py", *argv, *["--resume"] * (not settings.resume)]
-            print(f"\nto go on: {shlex.join(words)}", file=sys.stderr)
-            raise
+            except KeyboardInterrupt:
+                words = ["lander.py", *argv, "--resume"][: None if not settings.resume else -1]
+                print(f"\nto go on: {shlex.join(words)}", file=sys.stderr)
+                raise
 
     return exit_status(command)
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's, like Ctrl-C
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # a stream may be closed: >&-
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
-    sys.exit(main())
+    status = main()
+    if distributed.is_torchelastic_launched():
+        # One such process in thirty aborts in gloo's threads while the interpreter ends.
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)

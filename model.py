@@ -6,20 +6,21 @@
 
     python model.py convert Baichuan2-7B-Base/                  # pytorch_model*.bin -> safetensors
 
-In this file: Config and the families (the only place that knows BLOOM from LLaMA: a reader of
-config.json and a map of tensor names each); positions; the layers, with FFN.part; the Decoder;
-generation; loading, saving, converting.
+In this file: Config; norms and linear layers; positions; attention, FFN with FFN.part, block; the
+Decoder; generation. There the model ends, and what it is read from begins: published checkpoints
+(the only place that knows BLOOM from LLaMA), loading, saving, converting.
 
 Letters: B sentences, T tokens, D hidden size, F neurons of one feed-forward layer, V vocabulary,
 L layers, H heads, H_kv heads of keys and values, d head size.
 """
 
 import math
+import os
 import re
 import sys
+import zipfile
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from itertools import chain
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -28,18 +29,16 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from data import InputError, exit_status, open_safetensors, read_json, write_json, write_tensors
-
-
-# --------------------------------------------------------------------------------------------------
-# Config and families
+from data import InputError, exit_status, note, open_safetensors, read_json, reading
+from data import write_json, write_tensors
 
 
 @dataclass(frozen=True)
 class Config:
-    """What the forward pass needs to know: every difference between families is a field here."""
+    """What the forward pass needs to know. The defaults are LLaMA's; a family says what differs."""
 
     family: str  # key into FAMILIES: how tensors are named
+    published: dict  # config.json as it was read; save_model writes it back
     vocab_size: int  # V, rows of the embedding; a tokenizer may fill fewer
     hidden_size: int  # D
     ffn_size: int  # F
@@ -47,321 +46,101 @@ class Config:
     heads: int  # H
     kv_heads: int  # H_kv, of keys and values: query head h reads number h // (H / H_kv)
     head_size: int  # d
-    positions: str  # "alibi" or "rotary"
-    norm: str  # "layer" (with bias) or "rms"
-    norm_eps: float
-    embedding_norm: bool  # a norm right after the embedding
-    residual_after_norm: bool  # the residual is the norm's output, not its input
-    query_key_value: (
-        str  # rows of the fused projection: "interleaved" (H, 3, d) or "stacked" (3, H, d)
-    )
-    query_key_value_bias: bool
-    output_bias: bool  # of attention
-    gated: bool  # feed-forward: silu(gate) * up, else tanh-GELU(up)
-    ffn_bias: bool
-    head: str  # "tied" to the embedding, "plain", or "normalized" (unit rows)
     max_length: int  # tokens that the model was made for
-    published: dict  # config.json as it was read; save_model writes it back
+    positions: str = "rotary"  # or "alibi", "learned"
     rotary_base: float = 10000.0
     rotary_scaling: dict | None = None  # as config.json has it, of type linear or llama3
-    window: int | None = None  # tokens that attention sees; longer input is refused
+    longest: int = 2**24 - 1  # input beyond a sliding window or the learned positions is refused
+    norm: str = "rms"  # or "layer", with bias
+    norm_eps: float = 1e-6
+    embedding_norm: bool = False  # a norm right after the embedding
+    residual_after_norm: bool = False  # the residual is the norm's output, not its input
+    query_key_value: str = (
+        "stacked"  # rows of the projection: (3, H, d), or "interleaved" (H, 3, d)
+    )
+    query_key_value_bias: bool = False
+    query_key_norm: bool = False  # an RMS norm of each head's query and key, before rotary
+    output_bias: bool = False  # of attention
+    gated: bool = True  # feed-forward: silu(gate) * up, else tanh-GELU(up)
+    ffn_bias: bool = False
+    head: str = "plain"  # "tied" to the embedding, "plain", or "normalized" (unit rows)
 
     @classmethod
     def from_folder(cls, folder):
         """Read a checkpoint's config.json. InputError names what is missing, wrong or unknown."""
         path = Path(folder) / "config.json"
-        return cls.from_json(read_json(path, {}), path)
+        if not path.exists():
+            raise InputError(f"{path}: {why_no_config(path.parent)}")
+        return cls.from_json(read_json(path), path)
 
     @classmethod
     def from_json(cls, published, where="config.json"):
         """Config from the contents of a config.json; `where` names it in errors."""
-        name = published.get("model_type")
-        if not isinstance(name, str) or name not in FAMILIES:
-            expected = f"expected one of {', '.join(FAMILIES)}"
-            raise InputError(f"{where}: model_type is {name!r}, {expected}")
-        family = FAMILIES[name]
-        for key in SWITCHES:
-            if type(published.get(key, True)) is not bool:
-                raise InputError(f"{where}: {key} is {published[key]!r}, expected true or false")
-        try:
-            config = cls(family=name, published=published, **family.read(published))
-        except KeyError as error:
-            raise InputError(f"{where}: no {error.args[0]}") from None
-        except (TypeError, ZeroDivisionError):
-            raise InputError(f"{where}: a size is no number") from None
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from None
-        config.check(where)
-        # What would be another function must not be passed over.
-        for key in ("quantization_config", *family.refuses):
-            if published.get(key) is not None:
-                raise InputError(f"{where}: {key} is set, which is not supported")
-        activation = published.get("hidden_act", family.activation)
-        if activation != family.activation:
-            expected = f"expected {family.activation!r}"
-            raise InputError(f"{where}: hidden_act is {activation!r}, {expected}")
-        return config
-
-    def check(self, where):
-        """InputError for fields that no model can have."""
-        sizes = "vocab_size", "hidden_size", "ffn_size", "layers", "heads", "kv_heads", "head_size"
-        for name in (*sizes, "max_length"):
-            size = getattr(self, name)
-            if type(size) is not int or not 1 <= size < 2**24:
-                raise InputError(f"{where}: {name} is {size!r}, expected a positive integer")
-        if self.heads % self.kv_heads:
-            found = f"{self.heads} heads do not divide into {self.kv_heads} of keys and values"
-            raise InputError(f"{where}: {found}")
-        if self.positions not in ("alibi", "rotary"):
-            raise InputError(f"{where}: positions is {self.positions!r}, expected alibi or rotary")
-        if self.positions == "rotary" and self.head_size % 2:
-            found = f"heads of {self.head_size} numbers"
-            raise InputError(f"{where}: {found}, expected an even number for rotary positions")
-        if self.window is not None and (type(self.window) is not int or self.window < 1):
-            found = f"sliding_window is {self.window!r}"
-            raise InputError(f"{where}: {found}, expected a positive integer or null")
-        if type(self.norm_eps) is not float or not 0 < self.norm_eps < 1:
-            raise InputError(f"{where}: norm_eps is {self.norm_eps!r}, expected a small number")
+        with reading(where):
+            try:
+                return read_config(published)
+            except InputError as error:
+                raise InputError(f"{where}: {error}") from None
 
 
-# Keys of config.json that are true, false or absent.
-SWITCHES = ("apply_residual_connection_post_layernorm", "tie_word_embeddings", "normalize_head")
-SWITCHES += ("attention_bias", "mlp_bias", "use_sliding_window")
+# --------------------------------------------------------------------------------------------------
+# Norms and linear layers
 
 
-class Family(NamedTuple):
-    """How a family's files are read: its config.json, and the names of its tensors."""
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight: in fp32, cast back before the weight multiplies (LLaMA). [.., D]"""
 
-    read: Callable  # contents of config.json -> fields of Config; a KeyError names a missing key
-    names: dict  # our module -> the published one, "{}" for the layer; a tuple: rows concatenated
-    prefix: str = ""  # may stand before every published name
-    drops: str = "(?!)"  # regex of tensors that files may have and the model does not need
-    activation: str = "silu"  # what hidden_act says, where config.json has it
-    refuses: tuple = ("rope_scaling",)  # keys of config.json that must not be set
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
 
-
-def first_of(published, *keys):
-    """The first key that is there and not null.
-
-    {"n_embed": 8, "hidden_size": 4}, "n_embed", "hidden_size" -> 8
-    """
-    for key in keys:
-        if published.get(key) is not None:
-            return published[key]
-    raise KeyError(" or ".join(keys))
+    def forward(self, x):
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return wide.to(x.dtype) * self.weight
 
 
-def split_heads(hidden_size, heads):
-    """-> head size. InputError where heads do not divide the hidden size."""
-    if hidden_size % heads:
-        raise InputError(f"hidden size {hidden_size} does not divide into {heads} heads")
-    return hidden_size // heads
+def make_norm(config):
+    # nn.LayerNorm needs no visible cast: its kernels compute in fp32 and round once, at the end.
+    norm = nn.LayerNorm if config.norm == "layer" else RMSNorm
+    return norm(config.hidden_size, eps=config.norm_eps)
 
 
-def read_bloom(published):
-    """BLOOM's config.json, published (n_embed, num_attention_heads) or re-saved (hidden_size)."""
-    hidden_size = first_of(published, "n_embed", "hidden_size")
-    heads = first_of(published, "n_head", "num_attention_heads")
-    return dict(
-        vocab_size=published["vocab_size"],
-        hidden_size=hidden_size,
-        ffn_size=4 * hidden_size,
-        layers=first_of(published, "n_layer", "num_hidden_layers"),
-        heads=heads,
-        kv_heads=heads,
-        head_size=split_heads(hidden_size, heads),
-        positions="alibi",
-        norm="layer",
-        norm_eps=published.get("layer_norm_epsilon", 1e-5),
-        embedding_norm=True,
-        residual_after_norm=published.get("apply_residual_connection_post_layernorm", False),
-        query_key_value="interleaved",
-        query_key_value_bias=True,
-        output_bias=True,
-        gated=False,
-        ffn_bias=True,
-        head="tied" if published.get("tie_word_embeddings", True) else "plain",
-        max_length=published.get("seq_length", 2048),
-    )
+class Linear(nn.Linear):
+    """A linear layer whose weights are cast to the input's type: fp32 masters run in 16 bits."""
+
+    ready = None  # what operands() gave, while cast_once is open
+
+    def reset_parameters(self):
+        """New weights are N(0, 0.02), biases zero."""
+        nn.init.normal_(self.weight, std=0.02)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def operands(self, dtype):
+        """Weight and bias as a product in that type takes them."""
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return self.weight.to(dtype), bias
+
+    def forward(self, x):
+        """[.., in] -> [.., out]"""
+        weight, bias = self.ready or self.operands(x.dtype)
+        return functional.linear(x, weight, bias)
 
 
-def read_baichuan(published):
-    """Baichuan's config.json, v1 and v2, 7B and 13B.
-
-    The files do not say which they are: the 13B models, with ALiBi, lack max_position_embeddings,
-    and only v2, with its normalized head, has 125696 rows. `positions` and `normalize_head` are
-    keys of this project's own small checkpoints, where neither sign holds.
-    """
-    rotary = published.get("max_position_embeddings") is not None
-    normalized = published["vocab_size"] == 125696
-    return dict(
-        vocab_size=published["vocab_size"],
-        hidden_size=published["hidden_size"],
-        ffn_size=published["intermediate_size"],
-        layers=published["num_hidden_layers"],
-        heads=published["num_attention_heads"],
-        kv_heads=published["num_attention_heads"],
-        head_size=split_heads(published["hidden_size"], published["num_attention_heads"]),
-        positions=published.get("positions", "rotary" if rotary else "alibi"),
-        norm="rms",
-        norm_eps=published.get("rms_norm_eps", 1e-6),
-        embedding_norm=False,
-        residual_after_norm=False,
-        # The trap: W_pack has the shape of BLOOM's fused weight, so that a mix-up loads cleanly
-        # and computes garbage.
-        query_key_value="stacked",
-        query_key_value_bias=False,
-        output_bias=False,
-        gated=True,
-        ffn_bias=False,
-        head="normalized" if published.get("normalize_head", normalized) else "plain",
-        max_length=published.get("max_position_embeddings")
-        or published.get("model_max_length", 4096),
-    )
-
-
-ROTARY_SCALINGS = {  # what each kind needs
-    "default": [],
-    "linear": ["factor"],
-    "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"],
-}
-
-
-def read_rotary(published):
-    """Base and scaling of rotary positions, in either spelling. -> fields of Config"""
-    # rope_parameters: of files saved since transformers 5.
-    scaling = published.get("rope_parameters") or published.get("rope_scaling") or {}
-    if not isinstance(scaling, dict):
-        raise InputError(f"rope_scaling is {scaling!r}, expected an object")
-    base = scaling.get("rope_theta", published.get("rope_theta", 10000.0))
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in ROTARY_SCALINGS:
-        raise InputError(f"rope_scaling of type {kind!r}, expected {', '.join(ROTARY_SCALINGS)}")
-    for name in ROTARY_SCALINGS[kind]:
-        if not isinstance(scaling[name], (int, float)) or scaling[name] <= 0:
-            raise InputError(f"rope_scaling: {name} is {scaling[name]!r}, expected a number")
-    if not isinstance(base, (int, float)) or base <= 1:
-        raise InputError(f"rope_theta is {base!r}, expected a number above 1")
-    if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
-        raise InputError("rope_scaling: low_freq_factor is not below high_freq_factor")
-    scaling = None if kind == "default" else scaling | {"rope_type": kind}
-    return dict(rotary_base=float(base), rotary_scaling=scaling)
-
-
-def read_llama(published):
-    """LLaMA's config.json: LLaMA 1 to 3, ALMA, Tower. Absent keys mean what transformers says."""
-    hidden_size, heads = published["hidden_size"], published["num_attention_heads"]
-    bias = published.get("attention_bias", False)
-    return dict(
-        vocab_size=published["vocab_size"],
-        hidden_size=hidden_size,
-        ffn_size=published["intermediate_size"],
-        layers=published["num_hidden_layers"],
-        heads=heads,
-        kv_heads=published.get("num_key_value_heads") or heads,
-        head_size=published.get("head_dim") or split_heads(hidden_size, heads),
-        positions="rotary",
-        norm="rms",
-        norm_eps=published.get("rms_norm_eps", 1e-6),
-        embedding_norm=False,
-        residual_after_norm=False,
-        query_key_value="stacked",
-        query_key_value_bias=bias,
-        output_bias=bias,
-        gated=True,
-        ffn_bias=published.get("mlp_bias", False),
-        head="tied" if published.get("tie_word_embeddings", False) else "plain",
-        max_length=published.get("max_position_embeddings", 2048),
-        **read_rotary(published),
-    )
-
-
-def read_mistral(published):
-    """Mistral's config.json. Without num_key_value_heads it has 8, without sliding_window 4096."""
-    fields = read_llama({"num_key_value_heads": 8, "max_position_embeddings": 131072} | published)
-    return fields | {"window": published.get("sliding_window", 4096)}
-
-
-def read_qwen2(published):
-    """Qwen2's config.json. Query, key and value have biases, and no key says so."""
-    fields = read_llama({"num_key_value_heads": 32, "max_position_embeddings": 32768} | published)
-    fields |= {"query_key_value_bias": True, "output_bias": False, "ffn_bias": False}
-    if published.get("use_sliding_window", False):
-        fields["window"] = published.get("sliding_window", 4096)
-    return fields
-
-
-LLAMA_NAMES = {
-    "embedding": "model.embed_tokens",
-    "blocks.{}.attention_norm": "model.layers.{}.input_layernorm",
-    "blocks.{}.attention.query_key_value": tuple(
-        f"model.layers.{{}}.self_attn.{name}_proj" for name in "qkv"
-    ),
-    "blocks.{}.attention.output": "model.layers.{}.self_attn.o_proj",
-    "blocks.{}.ffn_norm": "model.layers.{}.post_attention_layernorm",
-    "blocks.{}.ffn.gate": "model.layers.{}.mlp.gate_proj",
-    "blocks.{}.ffn.up": "model.layers.{}.mlp.up_proj",
-    "blocks.{}.ffn.down": "model.layers.{}.mlp.down_proj",
-    "final_norm": "model.norm",
-    "head": "lm_head",
-}
-INVERSE_FREQUENCIES = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"  # recomputed, in fp32
-
-LLAMA = Family(
-    read=read_llama,
-    names=LLAMA_NAMES,
-    drops=rf"{INVERSE_FREQUENCIES}|lm_head\.weight",  # a file may repeat a tied head
-    refuses=(),
-)
-
-FAMILIES = {
-    "bloom": Family(
-        read=read_bloom,
-        activation="gelu",
-        names={
-            "embedding": "word_embeddings",
-            "embedding_norm": "word_embeddings_layernorm",
-            "blocks.{}.attention_norm": "h.{}.input_layernorm",
-            "blocks.{}.attention.query_key_value": "h.{}.self_attention.query_key_value",
-            "blocks.{}.attention.output": "h.{}.self_attention.dense",
-            "blocks.{}.ffn_norm": "h.{}.post_attention_layernorm",
-            "blocks.{}.ffn.up": "h.{}.mlp.dense_h_to_4h",
-            "blocks.{}.ffn.down": "h.{}.mlp.dense_4h_to_h",
-            "final_norm": "ln_f",
-            "head": "lm_head",
-        },
-        prefix="transformer.",
-        drops=r"lm_head\.weight",  # re-saved files may repeat the tied embedding
-    ),
-    "baichuan": Family(
-        read=read_baichuan,
-        names=LLAMA_NAMES
-        | {"blocks.{}.attention.query_key_value": "model.layers.{}.self_attn.W_pack"},
-        drops=INVERSE_FREQUENCIES,
-    ),
-    "llama": LLAMA,
-    "mistral": LLAMA._replace(read=read_mistral),
-    "qwen2": LLAMA._replace(read=read_qwen2),
-}
-
-
-def published_names(family, parameter):
-    """The tensors of a checkpoint that make up one of our parameters.
-
-    bloom, "blocks.3.ffn.up.bias" -> ["h.3.mlp.dense_h_to_4h.bias"]
-    """
-    module, kind = parameter.rsplit(".", 1)
-    layer = re.search(r"\d+", module)
-    names = FAMILIES[family].names[re.sub(r"\d+", "{}", module)]
-    names = (names,) if isinstance(names, str) else names
-    return [f"{name.format(layer and layer[0])}.{kind}" for name in names]
-
-
-def piece_rows(config, parameter, names):
-    """How many rows of a parameter each of its published tensors has: all, or query, key, value."""
-    if len(names) == 1:
-        return [len(parameter)]
-    return [heads * config.head_size for heads in (config.heads, config.kv_heads, config.kv_heads)]
+@contextmanager
+def cast_once(model):
+    """While open, what is cast in each pass is cast once: for many passes in which nothing learns."""
+    dtype = model.embedding.weight.dtype
+    linears = [module for module in model.modules() if isinstance(module, Linear)]
+    for linear in linears:
+        linear.ready = linear.operands(dtype)
+    try:
+        yield
+    finally:
+        for linear in linears:
+            linear.ready = None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -387,7 +166,7 @@ def attention_bias(config, mask, queries, keys, device, dtype):
     ranks among them is the distance of their indices.
     mask [B, keys] or None -> [1 or B, 1 or H, queries, keys], None where causal order decides alone
     """
-    if config.positions == "rotary" and mask is None and queries in (1, keys):
+    if config.positions != "alibi" and mask is None and queries in (1, keys):
         return None
     key = torch.arange(keys, device=device)
     distance = key[keys - queries :, None] - key  # [queries, keys]
@@ -423,18 +202,20 @@ def rotary_frequencies(config, device):
     return (1 - fast) * slow + fast * frequencies
 
 
+def real_positions(mask, queries, keys, device):
+    """The rank among real tokens of the last `queries` of `keys` tokens. -> [1 or B, queries]"""
+    if mask is None:
+        return torch.arange(keys - queries, keys, device=device)[None]
+    return (mask.cumsum(1) - 1).clamp(min=0)[:, keys - queries :]
+
+
 def rotary_angles(config, mask, queries, keys, device):
     """Cosines and sines of the last `queries` of `keys` tokens (Su et al. 2021).
 
     mask [B, keys] or None -> two of [1 or B, 1, queries, d], fp32
     """
-    positions = (
-        torch.arange(keys, device=device)[None]
-        if mask is None
-        else (mask.cumsum(1) - 1).clamp(min=0)
-    )
-    frequencies = rotary_frequencies(config, device)
-    angles = positions[:, None, keys - queries :, None].float() * frequencies
+    positions = real_positions(mask, queries, keys, device)[:, None, :, None].float()
+    angles = positions * rotary_frequencies(config, device)
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 
@@ -446,63 +227,7 @@ def apply_rotary(x, cosines, sines):
 
 
 # --------------------------------------------------------------------------------------------------
-# Layers
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight: in fp32, cast back before the weight multiplies (LLaMA). [.., D]"""
-
-    def __init__(self, size, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x):
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return wide.to(x.dtype) * self.weight
-
-
-def make_norm(config):
-    # nn.LayerNorm needs no visible cast: its kernels compute in fp32 and round once, at the end.
-    norm = nn.LayerNorm if config.norm == "layer" else RMSNorm
-    return norm(config.hidden_size, eps=config.norm_eps)
-
-
-class Linear(nn.Linear):
-    """A linear layer whose weights are cast to the input's type: fp32 masters run in 16 bits."""
-
-    zero_rows = zero_columns = 0  # that a product in 16 bits adds to the weight
-    ready = None  # what operands() gave, while nothing changes: see cast_once
-
-    def reset_parameters(self):
-        """Nothing: the Decoder fills new weights, and load_model and FFN.part bring their own."""
-
-    def operands(self, dtype):
-        """Weight and bias as a product in that type takes them."""
-        weight, bias = self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
-        if dtype.itemsize == 2 and self.zero_rows + self.zero_columns:
-            weight = functional.pad(weight, (0, self.zero_columns, 0, self.zero_rows))
-            bias = None if bias is None else functional.pad(bias, (0, self.zero_rows))
-        return weight, bias
-
-    def forward(self, x):
-        """[.., in] -> [.., out]"""
-        return functional.linear(x, *(self.ready or self.operands(x.dtype)))
-
-
-@contextmanager
-def cast_once(model):
-    """While open, what is cast in each pass is cast once: for many passes in which nothing learns."""
-    dtype = model.embedding.weight.dtype
-    linears = [module for module in model.modules() if isinstance(module, Linear)]
-    for linear in linears:
-        linear.ready = linear.operands(dtype)
-    try:
-        yield
-    finally:
-        for linear in linears:
-            linear.ready = None
+# Attention, feed-forward, block
 
 
 class Attention(nn.Module):
@@ -516,6 +241,9 @@ class Attention(nn.Module):
         rows = (config.heads + 2 * config.kv_heads) * d
         self.query_key_value = Linear(D, rows, bias=config.query_key_value_bias)
         self.output = Linear(config.heads * d, D, bias=config.output_bias)
+        if config.query_key_norm:
+            self.query_norm = RMSNorm(d, config.norm_eps)
+            self.key_norm = RMSNorm(d, config.norm_eps)
 
     def forward(self, x, bias, angles, cache, layer):
         """[B, T, D] -> [B, T, D]. The softmax runs in fp32 inside scaled_dot_product_attention."""
@@ -526,6 +254,8 @@ class Attention(nn.Module):
         else:
             parts = self.query_key_value(x).view(B, T, -1, d).split([H, H_kv, H_kv], dim=2)
         query, key, value = (part.transpose(1, 2) for part in parts)  # [B, H or H_kv, T, d] each
+        if self.config.query_key_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
         if angles is not None:
             query, key = apply_rotary(query, *angles), apply_rotary(key, *angles)
         if cache is not None:
@@ -539,12 +269,17 @@ class Attention(nn.Module):
 
 # The weights of a neuron, and which dimension of each counts the neurons: neuron i is row i of gate
 # and up with their biases, and column i of down. down.bias belongs to no neuron.
-NEURON_DIMENSION = {"gate.weight": 0, "gate.bias": 0, "up.weight": 0, "up.bias": 0}
-NEURON_DIMENSION |= {"down.weight": 1}
+NEURON_DIMENSION = {
+    "gate.weight": 0,
+    "gate.bias": 0,
+    "up.weight": 0,
+    "up.bias": 0,
+    "down.weight": 1,
+}
 
 
 class FFN(nn.Module):
-    """Feed-forward layer: tanh-GELU (BLOOM) or gated SiLU (all others). It is a sum over its neurons.
+    """Feed-forward layer: tanh-GELU (BLOOM, GPT-2) or gated SiLU (others). A sum over its neurons:
 
     h_i = gelu(up[i] . x + up.bias[i])  or  silu(gate[i] . x) * (up[i] . x)        a neuron
     y   = sum over i of h_i * down[:, i],  + down.bias
@@ -570,31 +305,26 @@ class FFN(nn.Module):
         """Some neurons, by number, as an FFN of their own: copies, without the output bias.
 
         Since the FFN is a sum over neurons, the parts of a partition add up to the whole:
-        part(a)(x) + part(b)(x) + down.bias = ffn(x), where a and b are all neurons. In 16 bits zero
-        neurons, which add nothing and learn nothing, fill it up to a multiple of 8: fast matrix
-        kernels need rows of 16 bytes.
+        part(a)(x) + part(b)(x) + down.bias = ffn(x), where a and b are all neurons.
         """
         with torch.device("meta"):
             part = FFN(replace(self.config, ffn_size=len(index)))
         part.down.bias = None
         index = torch.tensor(index, dtype=torch.long, device=self.up.weight.device)
-        own = {}
+        chosen = {}
         for name, weight in self.state_dict().items():
             if name in NEURON_DIMENSION:
-                own[name] = weight.index_select(NEURON_DIMENSION[name], index).to(dtype)
-        part.load_state_dict(own, assign=True)
-        part.up.zero_rows = part.down.zero_columns = -len(index) % 8
-        if part.gate is not None:
-            part.gate.zero_rows = part.up.zero_rows
+                chosen[name] = weight.index_select(NEURON_DIMENSION[name], index).to(dtype)
+        part.load_state_dict(chosen, assign=True)
         return part
 
     @torch.no_grad()
     def put(self, index, part):
         """Write a part back to where it came from: the inverse of part(index)."""
         index = torch.tensor(index, dtype=torch.long, device=self.up.weight.device)
-        own = self.state_dict()
+        whole = self.state_dict()
         for name, weight in part.state_dict().items():
-            own[name].index_copy_(NEURON_DIMENSION[name], index, weight.to(own[name].dtype))
+            whole[name].index_copy_(NEURON_DIMENSION[name], index, weight.to(whole[name].dtype))
 
 
 class Block(nn.Module):
@@ -622,25 +352,22 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks, final norm, head. New weights are N(0, 0.02), biases zero."""
+    """Embedding, blocks, final norm, head."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.checkpointing = False  # recompute blocks in the backward pass, keep inputs alone
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        if config.positions == "learned":
+            self.position_embedding = nn.Embedding(config.longest, config.hidden_size)
+            nn.init.normal_(self.position_embedding.weight, std=0.02)
         self.embedding_norm = make_norm(config) if config.embedding_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.final_norm = make_norm(config)
         if config.head != "tied":
             self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        for name, parameter in self.named_parameters():
-            if parameter.is_meta or "norm" in name:
-                continue
-            if name.endswith("bias"):
-                nn.init.zeros_(parameter)
-            else:
-                nn.init.normal_(parameter, std=0.02)
 
     def forward(self, ids, mask=None):
         """Logits of the next token at every position. ids [B, T], mask [B, T] or None -> [B, T, V]
@@ -666,10 +393,15 @@ class Decoder(nn.Module):
             mask = None if cache.mask is None else cache.mask[:, :keys]
         elif mask is not None and mask[:, 0].all():
             mask = None  # right padding: causal order already hides it from every real token
-        if self.config.window is not None and keys > self.config.window:
-            found = f"{keys} tokens, {self.config.family} attends to {self.config.window} at once"
-            raise InputError(f"{found} (sliding_window), which is not supported")
-        x = self.embedding_norm(self.embedding(ids))  # [B, T, D]
+        if keys > self.config.longest:
+            raise InputError(
+                f"{keys} tokens, expected at most {self.config.longest},"
+                f" {self.config.family}'s sliding_window or learned positions"
+            )
+        x = self.embedding(ids)  # [B, T, D]
+        if self.config.positions == "learned":
+            x = x + self.position_embedding(real_positions(mask, new, keys, ids.device))
+        x = self.embedding_norm(x)
         bias = attention_bias(self.config, mask, new, keys, ids.device, x.dtype)
         angles = None
         if self.config.positions == "rotary":
@@ -706,38 +438,43 @@ class Decoder(nn.Module):
         logits = functional.linear(hidden, weight)
         return logits if norms is None else (logits / norms).to(logits.dtype)
 
+    def next_logits(self, ids, cache, head):
+        """Read new tokens of each row of the cache. ids [rows, T] -> logits of the next, [rows, V]"""
+        return self.logits(self.hidden_states(ids, cache=cache)[:, -1], head)
+
     @torch.inference_mode()
     def generate(self, ids, mask, max_new_tokens, eos_id, beams=1, vocab_size=None, line_ends=None):
         """Continue prompts: greedy, or beam search by log-probability a token, the last one counted.
 
-        ids, mask [B, T], padded on either side. A continuation ends at eos, with a token that ends
-        its line if line_ends (of data.py) says where lines end, and after max_new_tokens, a number
-        or one for each prompt. vocab_size: only ids below it are emitted (pass the tokenizer's,
-        since an embedding may have more rows).
+        ids, mask [B, T], padded on either side. A continuation ends at eos_id (an id, or several),
+        with a token that ends its line if line_ends (of data.py) says where lines end, and after
+        max_new_tokens, a number or one for each prompt, or where the model's positions end.
+        vocab_size: only ids below it are emitted (pass the tokenizer's, since an embedding may have
+        more rows).
         -> list of B lists of new ids, eos excluded
         """
-        B, device = len(ids), ids.device
-        limits = torch.as_tensor(max_new_tokens, device=device).expand(B)
+        B = len(ids)
+        limits = torch.as_tensor(max_new_tokens, device=ids.device).expand(B)
         if B == 0 or limits.max() == 0:
             return [[] for _ in range(B)]
         if mask is None:
             mask = torch.ones_like(ids, dtype=torch.bool)
+        limits = limits.minimum(self.config.longest - mask.sum(1))
+        eos_ids = [eos_id] if isinstance(eos_id, int) else list(eos_id)
         order = mask.sum(1).argsort(descending=True, stable=True)  # long prompts first
+        ids, mask, limits = ids[order], mask[order], limits[order]
         head = self.head_weight(vocab_size)
-
-        def next_logits(token):
-            """The newest token of each row, [rows, 1] -> logits of the one after it, [rows, V]"""
-            return self.logits(self.hidden_states(token, cache=cache)[:, -1], head)
-
-        search = greedy_search if beams == 1 else beam_search
-        room = int(limits.max()), beams
+        ends = which_end(eos_ids, line_ends, len(head[0]), ids.device)
         with cast_once(self):
-            cache, logits = read_prompts(self, head, ids[order], mask[order], *room)
-            ends = Ends(eos_id, line_ends, logits.shape[1], device)
-            new, lengths = search(next_logits, logits, cache, limits[order], ends, beams)
+            cache, logits = read_prompts(self, head, ids, mask, int(limits.max()), beams)
+            if beams == 1:
+                new, lengths = greedy_search(self, head, cache, logits, limits, ends)
+            else:
+                new, lengths = beam_search(self, head, cache, logits, limits, ends, beams)
         continuations = [None] * B
+        lengths = lengths.minimum(limits)
         for b, row, length in zip(order.tolist(), new.tolist(), lengths.tolist()):
-            continuations[b] = row[:length]
+            continuations[b] = [token for token in row[:length] if token not in eos_ids]
         return continuations
 
 
@@ -759,8 +496,9 @@ class Cache:
     Most translations end long before their limit: room for the new tokens is made as they come.
     """
 
-    def __init__(self, stores, mask, rows, length=0):
-        self.stores, self.mask, self.rows, self.length = stores, mask, rows, length
+    def __init__(self, stores, mask, rows):
+        self.stores, self.mask, self.rows = stores, mask, rows
+        self.length = 0
 
     @classmethod
     def empty(cls, model, rows, tokens, mask=None):
@@ -769,11 +507,11 @@ class Cache:
         stores = [model.embedding.weight.new_empty(shape) for _ in model.blocks]
         return cls(stores, mask, rows)
 
-    def part(self, first, last, start, length):
-        """A cache over the same memory: rows from first to last, tokens from `start` on."""
+    def part(self, first, last, start):
+        """An empty cache over the same memory: rows from first to last, tokens from `start` on."""
         stores = [store[:, first:last, :, start:] for store in self.stores]
         mask = None if self.mask is None else self.mask[first:last, start:]
-        return Cache(stores, mask, last - first, length)
+        return Cache(stores, mask, last - first)
 
     def append(self, layer, key, value):
         """Store a layer's new keys and values, [rows, H_kv, new, d] each.
@@ -795,8 +533,8 @@ class Cache:
         moved = (~stays).nonzero().flatten()
         if len(moved):
             for store in self.stores:
-                own = store[:, :, :, start : self.length]
-                own[:, moved] = own[:, sources[moved]]
+                changing = store[:, :, :, start : self.length]
+                changing[:, moved] = changing[:, sources[moved]]
         if self.mask is not None:
             self.mask = self.mask[sources]
 
@@ -807,39 +545,24 @@ PROMPTS_AT_ONCE = 32
 def read_prompts(model, head, ids, mask, max_new_tokens, beams):
     """Fill a new cache with prompts, sorted by length, the longest first. ids, mask [B, T]
 
-    What all of them begin with, as the prompts of one pair do, is read once.
-    -> the cache, with room for `beams` rows a prompt; logits of the first new token, [B, V]
+    -> the cache, of `beams` rows a prompt; logits of the first new token, [B, V]
     """
-    B, lengths = len(ids), mask.sum(1)
-    T, shortest = int(lengths[0]), int(lengths[-1])
-    begins = ids.gather(1, mask.long().argsort(dim=1, descending=True, stable=True))[:, :shortest]
-    same = (begins == begins[0]).all(0)[:-1]  # a token is left to read, which has the logits
-    shared = int(same.cumprod(0).sum()) if B > 1 else 0
+    B, T = len(ids), int(mask[0].sum())
     # All padding to the left, so that the newest column is every row's last token.
     real_columns = mask.long().argsort(dim=1, stable=True)[:, -T:]
     ids, mask = ids.gather(1, real_columns), mask.gather(1, real_columns)
-    padding = T - lengths  # [B]
-    prefix = Cache.empty(model, 1, shared)
-    if shared:
-        model.hidden_states(ids[:1, :shared], cache=prefix)
-
     real = None if mask.all() else functional.pad(mask, (0, max_new_tokens), value=True)
     cache = Cache.empty(model, B * beams, T + ROOM, real)
-    cache.rows, cache.length = B, T
     logits = []
     for first in range(0, B, PROMPTS_AT_ONCE):
-        rows = slice(first, min(first + PROMPTS_AT_ONCE, B))
-        start = int(padding[first])  # the columns before are padding in all of these rows
-        column = torch.arange(start + shared, device=ids.device)
-        place = column - padding[rows, None]  # in the prefix; padding where negative
-        for store, own in zip(cache.stores, prefix.stores):
-            known = store[:, rows, :, : start + shared].transpose(1, 2)  # [2, H_kv, rows, T, d]
+        last = min(first + PROMPTS_AT_ONCE, B)
+        start = T - int(mask[first].sum())  # the columns before are padding in all of these rows
+        for store in cache.stores:
             # Padding is masked, but memory that was never written may be NaN, and 0 * NaN is NaN.
-            known.zero_()
-            known[:, :, place >= 0] = own[:, 0][:, :, place[place >= 0]]
-        part = cache.part(rows.start, rows.stop, start, shared)
-        hidden = model.hidden_states(ids[rows, start + shared :], cache=part)
-        logits.append(model.logits(hidden[:, -1], head))
+            store[:, first:last, :, :start] = 0
+        chunk = cache.part(first, last, start)
+        logits.append(model.next_logits(ids[first:last, start:], chunk, head))
+    cache.rows, cache.length = B, T
     return cache, torch.cat(logits)
 
 
@@ -854,135 +577,424 @@ def survivors(alive):
     return order
 
 
-class Ends:
-    """Which tokens end a continuation: eos, and whatever ends its line (LineEnds, or None)."""
-
-    def __init__(self, eos_id, line_ends, vocab_size, device):
-        self.eos_id = eos_id
-        tables = torch.zeros(3, vocab_size, dtype=torch.bool)
-        if line_ends is not None:
-            tables = torch.stack(line_ends)
-        self.visible = tables[0].to(device)  # [V]
-        self.ending = tables[1:].to(device)  # [2, V]: before the line has begun, and after
-        self.ending[:, eos_id] = True
-
-    def all(self, begun):
-        """Of every token, whether it would end the line. begun [..] bool -> [.., V] bool
-
-        begun: whether the line shows something already; what comes before that is skipped.
-        """
-        return self.ending[begun.long()]
-
-    def of(self, token, begun):
-        """Whether `token` ends the line, [..] bool; and whether the line has begun with it."""
-        return self.ending[begun.long(), token], begun | self.visible[token]
+def which_end(eos_ids, line_ends, vocab_size, device):
+    """Which tokens are visible, [V] bool, and which end a continuation, [2, V] bool: in the first row
+    if its line shows nothing so far, in the second if it does. line_ends: data.LineEnds or None"""
+    visible, before, after = line_ends or torch.zeros(3, vocab_size, dtype=torch.bool)
+    ending = torch.stack([before, after])
+    ending[:, [id for id in eos_ids if id < vocab_size]] = True
+    return visible.to(device), ending.to(device)
 
 
-def greedy_search(next_logits, logits, cache, limits, ends, beams=1):
+def greedy_search(model, head, cache, logits, limits, ends):
     """The likeliest token, again and again; finished sentences leave.
 
     logits of the first new token [B, V], limits [B] -> new ids [B, largest limit], lengths [B]
     """
+    visible, ending = ends
     sentence = torch.arange(len(logits), device=logits.device)  # which one each live row is
-    begun = torch.zeros_like(sentence, dtype=torch.bool)  # whether its line has
+    begun = torch.zeros_like(sentence, dtype=torch.bool)  # whether its line shows something
     new = sentence.new_zeros(len(logits), int(limits.max()))
     lengths = limits.clone()
     for step in range(new.shape[1]):
         token = logits.max(-1).indices  # argmax, several times faster on the CPU
         new[sentence, step] = token
-        ended, begun = ends.of(token, begun)
+        ended = ending[begun.long(), token]
+        begun = begun | visible[token]
         alive = ~ended & (limits > step + 1)
         if not alive.all():
-            lengths[sentence[ended]] = step + (token[ended] != ends.eos_id)
+            lengths[sentence[ended]] = step + 1
             order = survivors(alive)
             cache.select(order)
             sentence, token = sentence[order], token[order]
             begun, limits = begun[order], limits[order]
         if len(sentence) == 0:
             break
-        logits = next_logits(token[:, None])
+        logits = model.next_logits(token[:, None], cache, head)
     return new, lengths
 
 
-def beam_search(next_logits, logits, cache, limits, ends, beams):
-    """The continuation of highest log-probability a token that `beams` parallel ones come upon.
+def beam_search(model, head, cache, logits, limits, ends, beams):
+    """The likeliest continuation, by log-probability a token, that `beams` parallel ones find.
 
-    A sentence ends at its limit, or when `beams` hypotheses have ended, each among the best `beams`
-    candidates of its step, and no live one scores higher so far. Beam 0 follows the greedy path
-    while that lives, so the result never scores below it.
-
-    logits of the first new token [B, V], limits [B] -> new ids [B, largest limit], lengths [B]
+    Each step scores every token after each of a sentence's `beams` live hypotheses. Of the best
+    `beams` of these candidates, those that end are finished. The best `beams` that do not end live
+    on. At its limit, every hypothesis ends. A sentence is done when `beams` hypotheses are finished
+    and no live one scores higher so far than the worst of the best `beams` finished ones: what
+    transformers does with early_stopping=False. Arguments and result are greedy_search's.
     """
-    B, V, device = *logits.shape, logits.device
+    visible, ending = ends
+    B, V = logits.shape
     prompt_length = cache.length
-    sentence = torch.arange(B, device=device)  # [S] the S live sentences
+    sentence = torch.arange(B, device=logits.device)  # [S] which ones are live
     tokens = sentence.new_zeros(B, beams, int(limits.max()))  # [S, beams, largest limit]
-    begun = torch.zeros(B, beams, dtype=torch.bool, device=device)  # [S, beams]
-    total = torch.full((B, beams), -torch.inf, device=device)  # [S, beams] log-probability
-    total[:, 0] = 0
-    finished = torch.zeros_like(sentence)  # [S] how many hypotheses have ended
-    greedy = torch.ones_like(sentence, dtype=torch.bool)  # [S] beam 0 is the greedy path
-    best_score = total[:, -1].clone()
+    begun = torch.zeros_like(tokens[:, :, 0], dtype=torch.bool)  # [S, beams]
+    total = torch.full_like(begun, -torch.inf, dtype=torch.float)  # [S, beams] log-probability
+    finished = total.clone()  # [S, beams] the highest scores of what has ended, in order
+    total[:, 0] = 0  # the beams are alike at first: one alone goes on
     best, best_length = torch.zeros_like(tokens[:, 0]), torch.zeros_like(sentence)
-
-    def offer(score, hypothesis, length):
-        """Keep what beats the best: a hypothesis for each live sentence, [S, largest limit]."""
-        better = score > best_score[sentence]
-        rows = sentence[better]
-        best_score[rows], best_length[rows] = score[better], length[better]
-        best[rows] = hypothesis[better]
-
     cache.select(sentence.repeat_interleave(beams))
     logits = logits.repeat_interleave(beams, dim=0)
     for step in range(tokens.shape[2]):
         S = len(sentence)
-        row = torch.arange(S, device=device)
-        likelihood = logits.float().log_softmax(-1).view(S, beams, V)
-        candidates = total[:, :, None] + likelihood  # [S, beams, V]
-        greedy_total, greedy_token = candidates[:, 0].max(-1)  # [S]
-        greedy = greedy & ~ends.of(greedy_token, begun[:, 0])[0]
+        row = torch.arange(S, device=logits.device)
+        at_limit = limits <= step + 1  # [S]
+        ends_here = ending[begun.long()]  # [S, beams, V]
+        candidates = logits.float().log_softmax(-1).view(S, beams, V) + total[:, :, None]
 
-        # The likeliest way for each beam to end here; the best of them may be the best so far.
-        ending = ends.all(begun)  # [S, beams, V]
-        end_total, end_token = candidates.masked_fill(~ending, -torch.inf).max(-1)  # [S, beams]
-        score, beam = (end_total / (step + 1)).max(1)
-        hypothesis = tokens[row, beam]
-        hypothesis[:, step] = end_token[row, beam]
-        offer(score, hypothesis, step + (hypothesis[:, step] != ends.eos_id))
+        score, choice = candidates.flatten(1).topk(beams)  # [S, beams]
+        ended = ends_here.flatten(1).gather(1, choice) | at_limit[:, None]
+        score = (score / (step + 1)).masked_fill(~ended, -torch.inf)
+        top_score, top = score.max(1)  # [S]
+        better = top_score > finished[:, 0]
+        hypothesis = tokens[row, choice[row, top] // V]  # [S, largest limit]
+        hypothesis[:, step] = choice[row, top] % V
+        best[sentence[better]], best_length[sentence[better]] = hypothesis[better], step + 1
+        finished = torch.cat([finished, score], 1).topk(beams).values
 
-        # The likeliest ways to go on.
-        candidates.masked_fill_(ending, -torch.inf)
-        candidates[greedy, 0, greedy_token[greedy]] = torch.inf  # first in line, whatever it scores
-        total, choice = candidates.flatten(1).topk(beams)
-        total[greedy, 0] = greedy_total[greedy]
+        total, choice = candidates.masked_fill_(ends_here, -torch.inf).flatten(1).topk(beams)
         beam, token = choice // V, choice % V  # [S, beams]
         tokens = tokens.gather(1, beam[:, :, None].expand_as(tokens))
         tokens[:, :, step] = token
-        begun = ends.of(token, begun.gather(1, beam))[1]
-        at_limit = limits[sentence] == step + 1
-        score, longest = (total / (step + 1)).max(1)
-        score = score.masked_fill(~at_limit, -torch.inf)
-        offer(score, tokens[row, longest], limits[sentence])
+        begun = begun.gather(1, beam) | visible[token]
 
-        everything = torch.cat([total, end_total], 1)  # [S, 2 * beams]
-        better = (everything[:, None] > end_total[:, :, None]).sum(-1)  # than each that ended
-        finished = finished + ((better < beams) & end_total.isfinite()).sum(1)
-        settled = best_score[sentence] >= total.amax(1) / (step + 1)
-        alive = ~at_limit & ~((finished >= beams) & settled & ~greedy)
+        alive = ~at_limit & (total[:, 0] / (step + 1) > finished[:, -1])
         order = survivors(alive)
         if len(order) == 0:
             break
         # Where no sentence has left, its beams differ in what was generated alone.
         start = prompt_length if len(order) == S else 0
         cache.select((order[:, None] * beams + beam[order]).flatten(), start)
-        sentence, tokens, total, begun = sentence[order], tokens[order], total[order], begun[order]
-        finished, greedy = finished[order], greedy[order]
-        logits = next_logits(token[order].view(-1, 1))
+        sentence, limits, tokens = sentence[order], limits[order], tokens[order]
+        begun, total, finished = begun[order], total[order], finished[order]
+        logits = model.next_logits(token[order].view(-1, 1), cache, head)
     return best, best_length
 
 
 # --------------------------------------------------------------------------------------------------
-# Checkpoints
+# Published checkpoints
+
+
+# A family is a reader of its config.json and a map of names. Config's defaults say what is usual, a
+# reader what differs. Absent keys mean what transformers takes them for.
+
+
+def switch(published, key, default=False):
+    """A key of config.json that is true, false or absent."""
+    value = published.get(key, default)
+    if not isinstance(value, bool):
+        raise InputError(f"{key} is {value!r}, expected true or false")
+    return value
+
+
+def first_of(published, *keys):
+    """The first key that is there and not null.
+
+    {"n_embed": 8, "hidden_size": 4}, "n_embed", "hidden_size" -> 8
+    """
+    for key in keys:
+        if published.get(key) is not None:
+            return published[key]
+    raise KeyError(" or ".join(keys))
+
+
+def read_sizes(published, tied=False):
+    """What every family says, by any of its names. tied: the head, if no key says so."""
+    hidden_size = first_of(published, "n_embed", "n_embd", "hidden_size")
+    heads = first_of(published, "n_head", "num_attention_heads")
+    if published.get("head_dim") is None and hidden_size % heads:
+        raise InputError(f"hidden size {hidden_size} does not divide into {heads} heads")
+    return dict(
+        vocab_size=published["vocab_size"],
+        hidden_size=hidden_size,
+        ffn_size=published.get("intermediate_size") or published.get("n_inner") or 4 * hidden_size,
+        layers=first_of(published, "n_layer", "num_hidden_layers"),
+        heads=heads,
+        kv_heads=published.get("num_key_value_heads") or heads,
+        head_size=published.get("head_dim") or hidden_size // heads,
+        head="tied" if switch(published, "tie_word_embeddings", tied) else "plain",
+    )
+
+
+# GPT-2's layers, and BLOOM's: norms with a mean, biases everywhere, no gate.
+BIASED = dict(norm="layer", query_key_value_bias=True, output_bias=True, ffn_bias=True, gated=False)
+
+
+def read_gpt2(published):
+    """The config.json of GPT-2 and mGPT."""
+    length = published.get("n_positions", 1024)
+    return read_sizes(published, tied=True) | dict(
+        **BIASED,
+        max_length=length,
+        longest=length,
+        positions="learned",
+        norm_eps=published.get("layer_norm_epsilon", 1e-5),
+    )
+
+
+def read_bloom(published):
+    """BLOOM's config.json, published (n_embed, num_attention_heads) or re-saved (hidden_size)."""
+    return read_sizes(published, tied=True) | dict(
+        **BIASED,
+        max_length=published.get("seq_length", 2048),
+        positions="alibi",
+        norm_eps=published.get("layer_norm_epsilon", 1e-5),
+        embedding_norm=True,
+        residual_after_norm=switch(published, "apply_residual_connection_post_layernorm"),
+        query_key_value="interleaved",
+    )
+
+
+def read_baichuan(published):
+    """Baichuan's config.json, v1 and v2, 7B and 13B.
+
+    No key says which it is: the 13B models, with ALiBi, lack max_position_embeddings, and only v2,
+    with its normalized head, was trained with a z_loss_weight. `positions` and `normalize_head` are
+    keys of this project's own small checkpoints.
+    """
+    length = published.get("max_position_embeddings")
+    positions = published.get("positions", "rotary" if length else "alibi")
+    if positions not in ("alibi", "rotary"):
+        raise InputError(f"positions is {positions!r}, expected alibi or rotary")
+    guess = published["vocab_size"] == 125696
+    if not published.keys() & {"normalize_head", "z_loss_weight"}:
+        version = "2, with a normalized head" if guess else "1, with a plain head"
+        note(f"config.json: taken for Baichuan {version}, by its vocab_size alone")
+    normalized = switch(published, "normalize_head", "z_loss_weight" in published or guess)
+    return read_llama(published) | dict(
+        max_length=length or published.get("model_max_length", 4096),
+        positions=positions,
+        head="normalized" if normalized else "plain",
+    )
+
+
+def read_llama(published):
+    """The config.json of LLaMA 1 to 3, ALMA, Tower."""
+    bias = switch(published, "attention_bias")
+    return read_sizes(published) | dict(
+        max_length=published.get("max_position_embeddings", 2048),
+        norm_eps=published.get("rms_norm_eps", 1e-6),
+        query_key_value_bias=bias,
+        output_bias=bias,
+        ffn_bias=switch(published, "mlp_bias"),
+        **read_rotary(published),
+    )
+
+
+SCALINGS = {  # the keys of each type of rope_scaling; any other is refused
+    "default": {"rope_theta", "rope_type", "type"},
+    "linear": {"rope_theta", "rope_type", "type", "factor"},
+    "llama3": {"rope_theta", "rope_type", "type", "factor", "low_freq_factor", "high_freq_factor"},
+}
+
+
+def read_rotary(published):
+    """Base and scaling of rotary positions, in either spelling. -> fields of Config"""
+    # rope_parameters: of files saved since transformers 5.
+    scaling = published.get("rope_scaling") or published.get("rope_parameters") or {}
+    base = float(scaling.get("rope_theta", published.get("rope_theta", 10000.0)))
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in list(SCALINGS):
+        raise InputError(f"rope_scaling of type {kind!r}, expected {', '.join(SCALINGS)}")
+    for key in scaling.keys() - SCALINGS[kind] - {"original_max_position_embeddings"}:
+        raise InputError(f"rope_scaling: {key} is {scaling[key]!r}, which is not supported")
+    if kind == "default":
+        return dict(rotary_base=base)
+    if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise InputError("rope_scaling: low_freq_factor is not below high_freq_factor")
+    return dict(rotary_base=base, rotary_scaling=scaling | {"rope_type": kind})
+
+
+def read_mistral(published):
+    """Mistral's config.json. Without num_key_value_heads it has 8, without sliding_window 4096."""
+    fields = read_llama({"num_key_value_heads": 8, "max_position_embeddings": 131072} | published)
+    window = published.get("sliding_window", 4096)
+    return fields if window is None else fields | {"longest": window}
+
+
+def read_qwen2(published):
+    """Qwen2's config.json. Query, key and value have biases, and no key says so."""
+    fields = read_qwen3({"head_dim": None} | published)
+    biases = dict(query_key_value_bias=True, output_bias=False, ffn_bias=False)
+    return fields | biases | {"query_key_norm": False}
+
+
+def read_qwen3(published):
+    """Qwen3's config.json. A window counts if use_sliding_window says so."""
+    usual = {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768}
+    fields = read_llama(usual | published) | {"query_key_norm": True}
+    if switch(published, "use_sliding_window"):
+        fields["longest"] = published.get("sliding_window", 4096)
+    return fields
+
+
+# The trap: BLOOM's and Baichuan's fused query, key and value have the same shape, but BLOOM's rows
+# are interleaved and Baichuan's stacked. A mix-up loads cleanly and computes garbage.
+BLOOM_NAMES = {
+    "embedding": "word_embeddings",
+    "embedding_norm": "word_embeddings_layernorm",
+    "blocks.{}.attention_norm": "h.{}.input_layernorm",
+    "blocks.{}.attention.query_key_value": "h.{}.self_attention.query_key_value",
+    "blocks.{}.attention.output": "h.{}.self_attention.dense",
+    "blocks.{}.ffn_norm": "h.{}.post_attention_layernorm",
+    "blocks.{}.ffn.up": "h.{}.mlp.dense_h_to_4h",
+    "blocks.{}.ffn.down": "h.{}.mlp.dense_4h_to_h",
+    "final_norm": "ln_f",
+    "head": "lm_head",
+}
+GPT2_NAMES = {
+    "embedding": "wte",
+    "position_embedding": "wpe",
+    "blocks.{}.attention_norm": "h.{}.ln_1",
+    "blocks.{}.attention.query_key_value": "h.{}.attn.c_attn",
+    "blocks.{}.attention.output": "h.{}.attn.c_proj",
+    "blocks.{}.ffn_norm": "h.{}.ln_2",
+    "blocks.{}.ffn.up": "h.{}.mlp.c_fc",
+    "blocks.{}.ffn.down": "h.{}.mlp.c_proj",
+    "final_norm": "ln_f",
+    "head": "lm_head",
+}
+LLAMA_NAMES = {
+    "embedding": "model.embed_tokens",
+    "blocks.{}.attention_norm": "model.layers.{}.input_layernorm",
+    "blocks.{}.attention.query_key_value": (
+        "model.layers.{}.self_attn.q_proj",
+        "model.layers.{}.self_attn.k_proj",
+        "model.layers.{}.self_attn.v_proj",
+    ),
+    "blocks.{}.attention.query_norm": "model.layers.{}.self_attn.q_norm",  # Qwen3's
+    "blocks.{}.attention.key_norm": "model.layers.{}.self_attn.k_norm",
+    "blocks.{}.attention.output": "model.layers.{}.self_attn.o_proj",
+    "blocks.{}.ffn_norm": "model.layers.{}.post_attention_layernorm",
+    "blocks.{}.ffn.gate": "model.layers.{}.mlp.gate_proj",
+    "blocks.{}.ffn.up": "model.layers.{}.mlp.up_proj",
+    "blocks.{}.ffn.down": "model.layers.{}.mlp.down_proj",
+    "final_norm": "model.norm",
+    "head": "lm_head",
+}
+PACKED = {"blocks.{}.attention.query_key_value": "model.layers.{}.self_attn.W_pack"}
+
+# Keys of config.json that change what is computed, and what they may be if they are there.
+NEVER = dict.fromkeys(
+    "alibi attention_multiplier attn_logit_softcapping clip_qkv embedding_multiplier"
+    " final_logit_softcapping logit_scale logits_scaling no_rope_layers num_experts"
+    " num_local_experts parallel_attn partial_rotary_factor qk_layernorm quantization_config"
+    " residual_multiplier rotary_pct use_bidirectional_attention use_parallel_residual"
+    " use_qk_norm".split(),
+    [None, False, 1],
+)
+SILU = NEVER | {"hidden_act": ["silu", "swish"]}
+GELU = NEVER | {"hidden_act": ["gelu"], "rope_scaling": [None]}
+GPT2 = NEVER | {
+    "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
+    "scale_attn_weights": [True],
+    "scale_attn_by_inverse_layer_idx": [False],
+    "add_cross_attention": [False],
+}
+
+
+class Family(NamedTuple):
+    """How a family's files are read: its config.json, and the names of its tensors."""
+
+    read: Callable  # contents of config.json -> fields of Config; a KeyError names a missing key
+    names: dict  # our module -> the published one, "{}" for the layer; a tuple: rows concatenated
+    computes: dict  # keys of config.json, and the values of theirs that are computed here
+    prefix: str = "model."  # stands before the published names or not
+    drops: str = r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq"  # no weights: recomputed, in fp32
+    transposed: bool = False  # matrices of blocks are stored [in, out]
+
+
+LLAMA = Family(read_llama, LLAMA_NAMES, SILU)
+FAMILIES = {
+    "bloom": Family(read_bloom, BLOOM_NAMES, GELU, "transformer.", drops="(?!)"),
+    "baichuan": Family(read_baichuan, LLAMA_NAMES | PACKED, SILU | {"rope_scaling": [None]}),
+    "llama": LLAMA,
+    "mistral": LLAMA._replace(read=read_mistral),
+    "qwen2": LLAMA._replace(read=read_qwen2),
+    "qwen3": LLAMA._replace(read=read_qwen3),
+    "gpt2": Family(
+        read_gpt2,
+        GPT2_NAMES,
+        GPT2,
+        prefix="transformer.",
+        drops=r"h\.\d+\.attn\.(masked_)?bias",  # no weights: who may see whom
+        transposed=True,
+    ),
+}
+
+
+def read_config(published):
+    """The contents of a config.json -> Config. What would be another function is refused by name."""
+    name = published.get("model_type")
+    if name not in list(FAMILIES):
+        raise InputError(f"model_type is {name!r}, expected one of {', '.join(FAMILIES)}")
+    family = FAMILIES[name]
+    for key, values in family.computes.items():
+        if key in published and published[key] not in values:
+            raise InputError(f"{key} is {published[key]!r}, expected {values[0]!r}")
+    kinds = published.get("layer_types") or []
+    if {*kinds} - {"full_attention", "sliding_attention"}:
+        raise InputError(f"layer_types has {', '.join(sorted({*kinds}))}")
+    config = Config(family=name, published=published, **family.read(published))
+    for field in fields(config):
+        size = getattr(config, field.name)
+        if field.type is int and (type(size) is not int or not 1 <= size < 2**24):
+            raise InputError(f"{field.name} is {size!r}, expected a positive integer")
+    if config.heads % config.kv_heads:
+        raise InputError(
+            f"{config.heads} heads do not divide into {config.kv_heads} of keys and values"
+        )
+    if not 0 < config.norm_eps < 1:
+        raise InputError(f"norm_eps is {config.norm_eps}, expected a small number")
+    if config.positions == "rotary" and config.head_size % 2:
+        raise InputError(f"heads of {config.head_size} numbers, expected an even number")
+    base, scaling = config.rotary_base, config.rotary_scaling
+    if not rotary_frequencies(config, "cpu").log().isfinite().all():  # each a number above 0
+        raise InputError(f"no angles come from rope_theta {base} and rope_scaling {scaling}")
+    return config
+
+
+def published_names(family, parameter):
+    """The tensors of a checkpoint that make up one of our parameters.
+
+    bloom, "blocks.3.ffn.up.bias" -> ["h.3.mlp.dense_h_to_4h.bias"]
+    """
+    module, kind = parameter.rsplit(".", 1)
+    layer = re.search(r"\d+", module)
+    names = FAMILIES[family].names[re.sub(r"\d+", "{}", module)]
+    names = (names,) if isinstance(names, str) else names
+    return [f"{name.format(layer and layer[0])}.{kind}" for name in names]
+
+
+def oriented(config, parameter, value):
+    """A weight as the other side has it: GPT-2's files hold the matrices of its blocks transposed."""
+    is_matrix = parameter.startswith("blocks.") and value.dim() == 2
+    return value.T if FAMILIES[config.family].transposed and is_matrix else value
+
+
+def to_published(config, parameter, value):
+    """A parameter as the tensors of a checkpoint, by name: query, key and value may be three."""
+    names = published_names(config.family, parameter)
+    if len(names) == 1:
+        return {names[0]: oriented(config, parameter, value)}
+    rows = [heads * config.head_size for heads in (config.heads, config.kv_heads, config.kv_heads)]
+    return dict(zip(names, value.split(rows)))
+
+
+# --------------------------------------------------------------------------------------------------
+# Loading, saving, converting
+
+FLOATS = torch.float16, torch.bfloat16, torch.float32
+
+
+def why_no_config(folder):
+    """What a folder without config.json is taken for."""
+    if (folder / "adapter_config.json").exists():
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        return f"not there, this is an adapter of {base}; merge it into that model first (peft)"
+    if folder.exists():
+        return "cannot be read, there is none"
+    return f"no such folder; from a hub: hf download {folder} --local-dir {folder.name}"
 
 
 def checkpoint_files(folder):
@@ -991,11 +1003,12 @@ def checkpoint_files(folder):
     if single.exists():
         return [single]
     if index.exists():
-        weight_map = read_json(index, {"weight_map": {}})["weight_map"]
-        for shard in weight_map.values():
-            if not isinstance(shard, str) or not shard or Path(shard).name != shard:
-                raise InputError(f"{index}: shard {shard!r} is not a file name in its own folder")
-        return [folder / shard for shard in sorted(set(weight_map.values()))]
+        with reading(index):
+            shards = sorted(set(read_json(index)["weight_map"].values()))
+            for shard in shards:
+                if not shard or Path(shard).name != shard:
+                    raise InputError(f"{index}: shard {shard!r} is not a file in its own folder")
+            return [folder / shard for shard in shards]
     if any(folder.glob("pytorch_model*.bin")):
         raise InputError(
             f"{folder}: only .bin files, expected safetensors; "
@@ -1004,128 +1017,170 @@ def checkpoint_files(folder):
     raise InputError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
 
 
-class Stored(NamedTuple):
-    """Where a tensor lies, and what it is."""
-
-    path: Path
-    name: str  # in the file
-    shape: list
-    dtype: str  # as safetensors spells it: F16, BF16, F32, ...
+# What torch.compile, FSDP and DistributedDataParallel put into a name.
+WRAPPERS = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|module)\.")
 
 
 def find_tensors(folder, prefix):
-    """All tensors of a checkpoint by their names without prefix, and the names that occur twice."""
-    found, twice = {}, []
+    """All tensors of a checkpoint, memory-mapped, by name without prefix. -> {name: tensor}"""
+    found = {}
     for path in checkpoint_files(folder):
+        with reading(path), open(path, "rb") as file:
+            if file.read(40).startswith(b"version https://git-lfs"):
+                raise InputError(f"{path}: a Git LFS pointer; git lfs pull fetches the file itself")
         file = open_safetensors(path)
         for name in file.keys():
-            short = name.removeprefix(prefix)
+            short = WRAPPERS.sub("", name).removeprefix(prefix)
             if short in found:
-                twice.append(f"{name} (twice)")
-            view = file.get_slice(name)
-            found[short] = Stored(path, name, view.get_shape(), view.get_dtype())
-    return found, twice
+                short = f"{name} (twice)"  # which is no name of a model's: it is unexpected
+            with reading(path):
+                # An open file keeps in memory all that was read through it: what is large has its own.
+                large = math.prod(file.get_slice(name).get_shape()) > 2**20
+                found[short] = (open_safetensors(path) if large else file).get_tensor(name)
+    return found
 
 
-def load_model(folder, device="cpu", dtype=None):
+def settle_head(folder, config, found):
+    """Drop a stored head that repeats a tied embedding. One that differs is used, and said."""
+    (name,) = published_names(config.family, "embedding.weight")
+    embedding = found.get(name.removeprefix(FAMILIES[config.family].prefix))
+    head = found.get("lm_head.weight")
+    if config.head != "tied" or head is None or embedding is None:
+        return config
+    if head.dtype == embedding.dtype and torch.equal(head, embedding):
+        del found["lm_head.weight"]
+        return config
+    note(f"{folder}: lm_head.weight is not the embedding, as tie_word_embeddings says; it is used")
+    return replace(
+        config, head="plain", published=config.published | {"tie_word_embeddings": False}
+    )
+
+
+def listed(names):
+    """At most ten, and how many there are."""
+    more = f", ... ({len(names)})" if len(names) > 10 else ""
+    return ", ".join(names[:10]) + more
+
+
+def check_tensors(folder, found, wanted, drops):
+    """One InputError about every missing, unexpected and misshapen tensor.
+
+    found, wanted: {name: tensor}, wanted without data; drops: regex of what may be passed over
+    """
+    misshapen = []
+    for name in [name for name in wanted if name in found]:
+        tensor, shape = found[name], list(wanted[name].shape)
+        if list(tensor.shape) != shape or tensor.dtype not in FLOATS:
+            misshapen.append(f"{name} {tensor.dtype} {list(tensor.shape)}, expected floats {shape}")
+    problems = {
+        "missing": [name for name in wanted if name not in found],
+        "unexpected": [n for n in found if n not in wanted and not re.fullmatch(drops, n)],
+        "misshapen": misshapen,
+    }
+    said = [f"{kind}: {listed(names)}" for kind, names in problems.items() if names]
+    if said:
+        prefix = os.path.commonprefix(list(found))
+        also = f", whose names all begin with {prefix}" if "." in prefix else ""
+        raise InputError(f"{folder}: tensors{also} do not fit config.json; {'; '.join(said)}")
+
+
+def load_model(folder, device="cpu", dtype=None, config=None):
     """Read a published checkpoint folder. -> Decoder
 
-    dtype None keeps the checkpoint's. Files are memory-mapped and tensors go one by one to
-    `device`; on the CPU, in the checkpoint's own dtype, they are not copied at all. InputError
-    lists every missing, unexpected and misshapen tensor.
+    dtype None keeps the checkpoint's; config: its Config, where that was read already. Files are
+    memory-mapped and tensors go one by one to `device`; on the CPU, in the checkpoint's own dtype,
+    they are not copied at all. InputError lists every missing, unexpected and misshapen tensor.
     """
     folder = Path(folder)
-    config = Config.from_folder(folder)
-    family = FAMILIES[config.family]
-    found, unexpected = find_tensors(folder, family.prefix)
+    config = config or Config.from_folder(folder)
+    prefix = FAMILIES[config.family].prefix
+    found = find_tensors(folder, prefix)
     if config.layers > len(found):
         raise InputError(f"{folder}: {config.layers} layers in config.json, {len(found)} tensors")
+    config = settle_head(folder, config, found)
     with torch.device("meta"):
         model = Decoder(config)
-    wanted, missing, misshapen = {}, [], []  # wanted: our parameter -> published names
+    wanted = {}
     for parameter, value in model.named_parameters():
-        wanted[parameter] = names = published_names(config.family, parameter)
-        for name, rows in zip(names, piece_rows(config, value, names)):
-            if name not in found:
-                missing.append(name)
-                continue
-            stored, shape = found[name], [rows, *value.shape[1:]]
-            if stored.shape != shape or stored.dtype not in ("F16", "BF16", "F32"):
-                expected = f"expected 16- or 32-bit float {shape}"
-                misshapen.append(f"{name} {stored.dtype} {stored.shape}, {expected}")
-    used = set(chain.from_iterable(wanted.values()))
-    for name in found:
-        if name not in used and not re.fullmatch(family.drops, name):
-            unexpected.append(name)
-    problems = []
-    for kind, names in [("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen)]:
-        if names:
-            problems.append(f"{kind}: {', '.join(names)}")
-    if problems:
-        raise InputError(f"{folder}: tensors do not fit config.json; {'; '.join(problems)}")
-
-    files = {}
-
-    def read(name):
-        path, stored_name, shape, _ = found[name]
-        # An open file keeps in memory every page read through it: a large tensor opens its own.
-        if math.prod(shape) > 2**20:
-            return open_safetensors(path).get_tensor(stored_name)
-        if path not in files:
-            files[path] = open_safetensors(path)
-        return files[path].get_tensor(stored_name)
-
-    dtype = dtype or read(wanted["embedding.weight"][0]).dtype
+        for name, tensor in to_published(config, parameter, value).items():
+            wanted[name.removeprefix(prefix)] = tensor
+    check_tensors(folder, found, wanted, FAMILIES[config.family].drops)
+    dtype = dtype or found[next(iter(wanted))].dtype  # the embedding's
     state = {}
-    for parameter, names in wanted.items():
-        pieces = [read(name).to(device).to(dtype) for name in names]
-        state[parameter] = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    for parameter, _ in model.named_parameters():
+        pieces = []
+        for name in published_names(config.family, parameter):
+            pieces.append(found.pop(name.removeprefix(prefix)).to(device).to(dtype))
+        value = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        state[parameter] = oriented(config, parameter, value)
     model.load_state_dict(state, assign=True)
     return model
 
 
 def save_model(model, folder):
     """Write config.json and model.safetensors in the family's published layout."""
-    config = model.config
     tensors = {}
     for parameter, value in model.named_parameters():
-        names = published_names(config.family, parameter)
-        for name, piece in zip(names, value.detach().split(piece_rows(config, value, names))):
+        for name, piece in to_published(model.config, parameter, value.detach()).items():
             tensors[name] = piece.contiguous()
-    published = {key: value for key, value in config.published.items() if key != "torch_dtype"}
-    published["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
-    write_json(Path(folder) / "config.json", published)
+    dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
+    types = {"dtype": dtype, "torch_dtype": dtype}  # the second for transformers before 4.56
+    write_json(Path(folder) / "config.json", model.config.published | types)
     write_tensors(Path(folder) / "model.safetensors", tensors)
+
+
+def read_bin(path):
+    """The tensors of a .bin file, memory-mapped, running no code in it. -> {name: tensor}
+
+    InputError for what is no plain tensor, or takes more memory than the file is long.
+    """
+    expected = "expected a PyTorch file of plain tensors in the zip format"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # torch does not compress. A compressed data.pkl may unpack to a thousand times its size.
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise InputError(f"{path}: is compressed, {expected}")
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        for name, tensor in loaded.items():
+            plain = isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu"
+            plain = plain and tensor.layout == torch.strided and not tensor.is_quantized
+            if not (plain and isinstance(name, str) and name.isprintable()):
+                raise InputError(f"{path}: holds {name!r}, a {type(tensor).__name__}, {expected}")
+        if sum(tensor.nbytes for tensor in loaded.values()) > 2 * path.stat().st_size:
+            raise InputError(f"{path}: its tensors are larger than the file, {expected}")
+    except (InputError, OSError):
+        raise
+    except Exception as error:  # torch raises many kinds for a file that is not its own
+        reason = str(error).split("\n")[0]
+        if reason.startswith("Weights only load failed"):
+            # What torch says next is to load it all the same: the one thing not to do.
+            reason = "it holds objects that running code would make, and none is run"
+        raise InputError(f"{path}: {expected} ({reason})") from None
+    return loaded
 
 
 def convert(folder):
     """Turn pytorch_model*.bin shards into safetensors beside them, running no code in them.
 
     One at a time, memory-mapped; pytorch_model-00001-of-00002.bin becomes
-    model-00001-of-00002.safetensors, with an index where there are several.
+    model-00001-of-00002.safetensors, with an index where there are several. Nothing is overwritten.
     """
     folder = Path(folder)
     shards = sorted(folder.glob("pytorch_model*.bin"))
     if not shards:
         raise InputError(f"{folder}: no pytorch_model*.bin to convert")
+    for path in folder.glob("model*.safetensors*"):
+        raise InputError(f"{path}: is there already, and converting overwrites nothing")
+    loaded = [read_bin(shard) for shard in shards]  # nothing is written if one is refused
     weight_map, total_size = {}, 0
     for shard in shards:
         target = folder / (shard.stem.removeprefix("pytorch_") + ".safetensors")
-        try:
-            loaded = torch.load(shard, map_location="cpu", weights_only=True, mmap=True)
-            tensors = {name: tensor.contiguous() for name, tensor in loaded.items()}
-        except Exception as error:  # torch raises many kinds for a file that is not its own
-            reason = str(error).split("\n")[0]
-            if reason.startswith("Weights only load failed"):
-                # What torch says next is to load it all the same: the one thing not to do.
-                reason = "it holds objects that running code would make, and none is run"
-            expected = "not a PyTorch file of plain tensors in the zip format"
-            raise InputError(f"{shard}: {expected} ({reason})") from None
-        seen = set()
+        tensors, seen = loaded.pop(0), set()
         for name, tensor in tensors.items():
-            if tensor.data_ptr() in seen:  # a head that is tied to the embedding
-                tensors[name] = tensor.clone()
-            seen.add(tensor.data_ptr())
+            storage = tensor.untyped_storage().data_ptr()
+            # safetensors takes none in the memory of another: a head that is tied to the embedding.
+            tensors[name] = tensor.clone() if storage in seen else tensor.contiguous()
+            seen.add(storage)
         write_tensors(target, tensors)
         weight_map |= dict.fromkeys(tensors, target.name)
         total_size += sum(tensor.nbytes for tensor in tensors.values())
@@ -1138,4 +1193,5 @@ def convert(folder):
 if __name__ == "__main__":
     if len(sys.argv) != 3 or sys.argv[1] != "convert":
         sys.exit("usage: python model.py convert DIR")
+    sys.stdout.reconfigure(errors="backslashreplace")  # a shard's name, where the locale is ASCII
     sys.exit(exit_status(convert, sys.argv[2]))

@@ -7,12 +7,11 @@
 One cell is a method at a learning rate with a seed: a line in DIR/results.jsonl. Cells that are
 there are passed over, so that a grid can be stopped, go on, and be split over machines.
 
-methods.py has the methods, zero-shot and 5-shot train nothing. Behind a name may stand, in this order:
+methods.py has the methods. Behind a name may stand, in this order:
 
     :300        only that many training sentences, in as many steps
     +replay     batches of the other pairs' scoring text come between the tuned ones', steps of their own
     +l2         weights decay to where they started instead of to zero, by 10; +l2=3 by 3
-    @0.5        no training: that part of the way from the start to the end of the cell without it
 
 With several pairs in --pair, --tune says how: together, each alone (a cell for each), or in-turn, one
 after another with evaluation after each.
@@ -26,42 +25,20 @@ import re
 import sys
 import time
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from sacrebleu.metrics import BLEU
-from sacrebleu.significance import PairedTest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lander
 from data import InputError, exit_status, locked, make_batches, read_json, read_lines, read_tensors
-from data import prompt_text, split_pair, write_json, write_tensors
+from data import split_pair, write_json, write_tensors
 from model import load_model
-from study.methods import GROUPS, L2_DECAY, METHODS, Context, draw_to_start, interpolate
-
-
-# --------------------------------------------------------------------------------------------------
-# No training
-
-
-class FewShot:
-    """A tokenizer that puts the same examples in front of every prompt."""
-
-    def __init__(self, tokenizer, pair, examples):
-        self.tokenizer, self.examples = tokenizer, ""
-        for source, target in examples:
-            self.examples += f"{prompt_text(pair, source)} {target}\n\n"
-
-    def encode(self, text):
-        return self.tokenizer.encode(self.examples + text)
-
-    def __getattr__(self, name):
-        return getattr(self.tokenizer, name)
-
-
-SHOTS = {"zero-shot": 0, "5-shot": 5}
+from study.methods import GROUPS, L2_DECAY, METHODS, Context, draw_to_start
 
 
 # --------------------------------------------------------------------------------------------------
@@ -87,59 +64,44 @@ class Recipe(NamedTuple):
     size: int | None  # training sentences
     replay: bool
     l2: float | None  # AdamW's decay to the start
-    part: float | None  # of the way from the start to the end
 
 
 def parse_method(text):
-    """ "lora-all:300+replay@0.5" -> Recipe("lora-all", 300, True, None, 0.5)
+    """ "lora-all:300+replay" -> Recipe("lora-all", 300, True, None)
 
     InputError for what is no method.
     """
-    form = r"([^:+@]+)(?::(\d+))?(\+replay)?(\+l2(?:=(\d+))?)?(?:@(\d*\.?\d+))?"
-    match = re.fullmatch(form, text)
-    if not match or not (match[1] in METHODS or match[1] in SHOTS):
-        known = ", ".join([*SHOTS, *METHODS])
-        raise InputError(f"method {text!r}: expected {known}, with :N, +replay, +l2, @PART")
-    name, size, replay, l2, decay, part = match.groups()
-    if part and l2:
-        raise InputError(f"method {text!r}: +l2 is trained in another form, and has no @PART")
-    l2 = float(decay or L2_DECAY) if l2 else None
-    return Recipe(name, size and int(size), bool(replay), l2, part and float(part))
+    match = re.fullmatch(r"([^:+]+)(?::(\d+))?(\+replay)?(\+l2(?:=(\d+))?)?", text)
+    if not match or match[1] not in METHODS:
+        raise InputError(f"method {text!r}: expected {', '.join(METHODS)}, with :N, +replay, +l2")
+    name, size, replay, l2, decay = match.groups()
+    return Recipe(name, size and int(size), bool(replay), float(decay or L2_DECAY) if l2 else None)
 
 
 def run_cell(context, out, cell, in_turn=False):
     """Train and evaluate one method. -> its line of results.jsonl"""
     began = time.monotonic()
     recipe = parse_method(cell.method)
-    name, part = recipe.name, recipe.part
-    settings = context.settings
-    if name not in SHOTS:
-        settings = replace(settings, lr=cell.rate, seed=cell.seed)
+    settings = replace(context.settings, lr=cell.rate, seed=cell.seed)
     context = context._replace(settings=settings, tuned=list(cell.pairs))
     folder = cell.folder(out)
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(cell.seed)
     model = load_model(settings.weights, *lander.choose_device(settings)).requires_grad_(False)
-    learners = {} if name in SHOTS else METHODS[name](model, context)
+    learners = METHODS[recipe.name](model, context)
     line = {"method": cell.method, "rate": cell.rate, "seed": cell.seed, "pairs": cell.pairs}
     line["trained"] = sum(p.numel() for p in lander.merged(learners).values())
-    if part is not None:
-        whole = cell._replace(method=cell.method.partition("@")[0])
-        path = whole.folder(out) / "tuned.safetensors"
-        if not path.exists():
-            raise InputError(f"{cell.method}: no {path}; run {whole.method} first")
-        interpolate(learners, read_tensors(path), part)
-    elif in_turn:
+    if in_turn:
         line["stages"] = {}
         for pair in cell.pairs:
             train(model, context, learners, [pair], recipe, folder / pair)
             line["stages"][pair] = evaluate(model, context, folder / pair)
-    elif learners:
+    else:
         train(model, context, learners, context.tuned, recipe, folder)
     valid = {pair: context.inputs.valid[pair] for pair in cell.pairs}
     line["valid_loss"] = lander.validation_loss(model, context.tokenizer, valid, settings)
     line["before"] = read_json(out / "before.json", {})
-    line["after"] = evaluate(model, context, folder, SHOTS.get(name, 0))
+    line["after"] = evaluate(model, context, folder)
     line["seconds"] = round(time.monotonic() - began, 1)
     return line
 
@@ -168,16 +130,12 @@ def train(model, context, learners, pairs, recipe, folder):
     (folder / "state.safetensors").unlink()
 
 
-def evaluate(model, context, folder, shots=0):
+def evaluate(model, context, folder):
     """-> {pair: {"bleu", "chrf"}}; hypotheses go to the folder."""
     scores = {}
     for pair, text in context.inputs.test.items():
-        tokenizer = context.tokenizer
-        if shots:
-            examples = lander.read_text(context.settings, "train", pair, {})[:shots]
-            tokenizer = FewShot(tokenizer, pair, examples)
         path = folder / f"{pair}.txt"
-        found = lander.evaluate(model, tokenizer, pair, text, context.settings, path)
+        found = lander.evaluate(model, context.tokenizer, pair, text, context.settings, path)
         scores[pair] = {metric: round(found[metric], 3) for metric in ("bleu", "chrf")}
     return scores
 
@@ -199,13 +157,13 @@ def prepare(settings, out):
     differences = {pair: analysis[pair]["differences"] for pair in tuned}
     path = out / "awareness.safetensors"
     if not path.exists():
-        scores, every = {}, range(config.layers)
+        scores = {}
         for pair, examples in inputs.scoring.items():
             for reader in ("ffn.down", "attention.output"):
                 batches = make_batches(examples, tokenizer.pad_id, settings.micro_tokens)
                 batches = lander.counted(batches, f"scoring {pair}, {reader}", len(examples))
                 name = f"{pair} {reader}"
-                scores[name] = lander.neuron_awareness(model, batches, every, reader)
+                scores[name] = lander.neuron_awareness(model, batches, range(config.layers), reader)
         write_tensors(path, scores)
     scores = read_tensors(path)
     neurons = torch.stack([scores[f"{pair} ffn.down"] for pair in inputs.scoring])  # [P, L, F]
@@ -238,26 +196,21 @@ def append(path, line):
         print(json.dumps(line, ensure_ascii=False), file=file)
 
 
-def run_grid(settings, methods, rates, seeds, tune):
+def run_grid(args, settings, out):
     """Run every cell that is not in results.jsonl yet."""
-    out = Path(settings.out)
+    methods = args.methods.split(",")
     for name in methods:
         parse_method(name)
-    with locked(out):
-        check_grid(out / "grid.json", settings, tune)
-        done = {key(line) for line in read_results(out)}
-        context = prepare(settings, out)
-        together = [(pair,) for pair in context.tuned] if tune == "each" else [tuple(context.tuned)]
-        for seed in seeds:
-            for rate in rates:
-                for name in methods:
-                    for pairs in together:
-                        cell = Cell(name, rate, seed, pairs)
-                        if name in SHOTS:
-                            cell = cell._replace(rate=0.0, seed=0)  # neither matters
-                        if cell not in done:
-                            run_and_write(context, out, cell, tune)
-                            done.add(cell)
+    check_grid(out / "grid.json", settings, args.tune)
+    done = {key(line) for line in read_results(out)}
+    context = prepare(settings, out)
+    together = [tuple(context.tuned)]
+    if args.tune == "each":
+        together = [(pair,) for pair in context.tuned]
+    for seed, rate, name, pairs in product(args.seeds, args.rates, methods, together):
+        cell = Cell(name, rate, seed, pairs)
+        if cell not in done:
+            run_and_write(context, out, cell, args.tune)
 
 
 def run_and_write(context, out, cell, tune):
@@ -311,13 +264,14 @@ def by_method(lines):
     return {name: dict(sorted(rates.items())) for name, rates in sorted(cells.items())}
 
 
+def valid_loss(lines):
+    """The mean validation loss of the tuned pairs, over lines."""
+    return mean(loss for line in lines for loss in line["valid_loss"].values())
+
+
 def best_rate(rates):
     """The rate with the lowest mean validation loss of the tuned pairs. rates: rate -> lines"""
-
-    def valid_loss(rate):
-        return mean(loss for line in rates[rate] for loss in line["valid_loss"].values())
-
-    return min(rates, key=valid_loss)
+    return min(rates, key=lambda rate: valid_loss(rates[rate]))
 
 
 EQUAL_FORGETTING = 1.0, 2.0  # BLEU
@@ -349,61 +303,12 @@ def show_table(lines):
     print(f"{'tuned':>27}{'others':>27}  tuned, where others lose {EQUAL_FORGETTING}")
     for name, rates in by_method(lines).items():
         rate = best_rate(rates)
-        own, changes = rates[rate], [gains(line) for line in rates[rate]]
-        valid = mean(loss for line in own for loss in line["valid_loss"].values())
-        row = f"{name:<21}{rate:>7g}{len(own):>6}{own[0]['trained']:>10,}{valid:>7.3f}"
+        own = rates[rate]
+        row = f"{name:<21}{rate:>7g}{len(own):>6}{own[0]['trained']:>10,}{valid_loss(own):>7.3f}"
         for kind in ("tuned", "others"):
-            row += f"{spread([change[kind] for change in changes]):>27}"
+            row += f"{spread([gains(line)[kind] for line in own]):>27}"
         for limit in EQUAL_FORGETTING:
             row += f"{gain_at_equal_forgetting(rates, limit):>+10.2f}"
-        print(row)
-
-
-BASELINES = ("full", "lora-all", "attention")
-SIGNIFICANT = 0.05
-
-
-def show_bootstrap(out, lines):
-    """sacreBLEU's paired bootstrap at each method's best rate, a seed and a tuned pair at a time.
-
-    It covers the choice of test sentences; what the seed adds stands in the table.
-    """
-    path = out / "hypotheses.jsonl"
-    if not path.exists():
-        return
-    references = read_json(out / "references.json", {str: [str]})
-    best = {name: best_rate(rates) for name, rates in by_method(lines).items()}
-    systems = {}  # (seed, pair) -> method -> hypotheses
-    for text in read_lines(path):
-        line = json.loads(text)
-        if best.get(line["method"]) == line["rate"]:
-            own = systems.setdefault((line["seed"], line["pairs"]), {})
-            own[line["method"]] = line["hypotheses"]
-    verdicts = {}  # (method, baseline) -> [better, worse, compared]
-    for (seed, pair), own in systems.items():
-        for baseline in BASELINES:
-            if baseline not in own or len(own) < 2:
-                continue
-            ordered = [(baseline, own[baseline])]
-            ordered += [(name, own[name]) for name in own if name != baseline]
-            metrics = {"BLEU": BLEU(trg_lang=split_pair(pair)[1])}
-            test = PairedTest(ordered, metrics, references=[references[pair]], test_type="bs")
-            signature, scores = test()
-            first, *rest = scores["BLEU"]
-            for name, result in zip([name for name, _ in ordered[1:]], rest):
-                verdict = verdicts.setdefault((name, baseline), [0, 0, 0])
-                if result.p_value < SIGNIFICANT:
-                    verdict[0 if result.score > first.score else 1] += 1
-                verdict[2] += 1
-    if verdicts:
-        print()
-        print("paired bootstrap, p < 0.05: better, worse, of how many seeds and pairs, than")
-        print(f"{'':<21}" + "".join(f"{baseline:>14}" for baseline in BASELINES))
-    for name in sorted({name for name, _ in verdicts}):
-        row = f"{name:<21}"
-        for baseline in BASELINES:
-            better, worse, compared = verdicts.get((name, baseline), (0, 0, 0))
-            row += f"{f'{better}, {worse} of {compared}' if compared else '-':>14}"
         print(row)
 
 
@@ -431,14 +336,12 @@ def draw_front(lines, path):
     dot a seed."""
     plt = pyplot()
     cells = by_method(lines)
-    rows = dict(GROUPS)
-    for sign, title in {"+": "decay to the start, replay", "@": "interpolation"}.items():
-        rows[title] = [name for name in cells if sign in name]
+    placed = set().union(*GROUPS.values())
+    rows = GROUPS | {"decay to the start, replay": [name for name in cells if "+" in name]}
+    rows["what lost"] = [name for name in cells if name not in placed and "+" not in name]
     rows = {title: group for title, group in rows.items() if cells.keys() & group}
-    size = 11, 3.4 * len(rows)
-    figure, panels = plt.subplots(
-        len(rows), 2, figsize=size, sharex=True, sharey=True, squeeze=False
-    )
+    shape = {"figsize": (11, 3.4 * len(rows)), "squeeze": False}
+    figure, panels = plt.subplots(len(rows), 2, sharex=True, sharey=True, **shape)
     for row, (title, group) in zip(panels, rows.items()):
         names = [name for name in IN_EVERY_ROW if name in cells]
         names += [name for name in group if name in cells and name not in IN_EVERY_ROW]
@@ -474,8 +377,8 @@ def forgetting(lines):
                 place = found.setdefault(line["method"], {}).setdefault(row, {})
                 place.setdefault(pair, []).append(change)
     for rows in found.values():
-        for row, pairs in rows.items():
-            rows[row] = {pair: mean(changes) for pair, changes in pairs.items()}
+        for pairs in rows.values():
+            pairs.update({pair: mean(changes) for pair, changes in pairs.items()})
     return found
 
 
@@ -484,17 +387,15 @@ def draw_matrix(lines, path):
     plt = pyplot()
     found = forgetting(best_lines(lines))
     count = max(len(rows) for rows in found.values())
-    figure, panels = plt.subplots(
-        len(found), 1, figsize=(8, len(found) * (1 + 0.3 * count)), squeeze=False
-    )
-    limit = max(abs(v) for rows in found.values() for row in rows.values() for v in row.values())
+    size = 8, len(found) * (1 + 0.3 * count)
+    figure, panels = plt.subplots(len(found), 1, figsize=size, squeeze=False)
     for axes, (name, rows) in zip(panels[:, 0], found.items()):
+        values = torch.tensor([list(row.values()) for row in rows.values()])
+        limit = 1.8 * values.abs().max().item()  # no color so dark that it hides the number
+        axes.imshow(values, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto")
+        for (y, x), value in np.ndenumerate(values.numpy()):
+            axes.text(x, y, f"{value:+.1f}", ha="center", va="center", fontsize=8)
         pairs = list(next(iter(rows.values())))
-        values = [list(row.values()) for row in rows.values()]
-        axes.imshow(values, cmap="PuOr", vmin=-1.8 * limit, vmax=1.8 * limit, aspect="auto")
-        for y, row in enumerate(values):
-            for x, value in enumerate(row):
-                axes.text(x, y, f"{value:+.1f}", ha="center", va="center", fontsize=8)
         axes.set_xticks(range(len(pairs)), pairs, rotation=45)
         axes.set_yticks(range(len(rows)), list(rows))
         axes.set_title(name)
@@ -524,6 +425,10 @@ CURVES = {  # file -> methods with a number in their names, label of the number,
 }
 
 
+def in_a_curve(method):
+    return any(re.fullmatch(pattern, method) for pattern, _, _ in CURVES.values())
+
+
 def draw_curve(found, label, logarithmic, path):
     """Change of BLEU of the tuned and the other pairs over a number, a dot a seed."""
     plt = pyplot()
@@ -550,11 +455,10 @@ def show_series(found, label):
     print(label)
     for name, points in found.items():
         for x, own in points.items():
-            changes = [gains(line) for line in own]
-            row = "".join(
-                f"{spread([c[kind] for c in changes]):>27}" for kind in ("tuned", "others")
-            )
-            print(f"{name:<17}{x:>7g}{len(own):>6}{row}")
+            print(f"{name:<17}{x:>7g}{len(own):>6}", end="")
+            for kind in ("tuned", "others"):
+                print(f"{spread([gains(line)[kind] for line in own]):>27}", end="")
+            print()
 
 
 def plot(out):
@@ -564,25 +468,16 @@ def plot(out):
         raise InputError(f"{out / 'results.jsonl'}: no results yet")
     grid = read_json(out / "grid.json", {"tune": str})
     print(f"{out}: {json.dumps(grid)}")
-    curves = {}
     for name, (pattern, label, logarithmic) in CURVES.items():
-        curves[name] = series(lines, pattern)
-        if curves[name]:
-            show_series(curves[name], label)
-            draw_curve(curves[name], label, logarithmic, out / name)
-    drawn = {
-        line["method"]
-        for own in curves.values()
-        for p in own.values()
-        for v in p.values()
-        for line in v
-    }
-    lines = [line for line in lines if line["method"] not in drawn]
+        found = series(lines, pattern)
+        if found:
+            show_series(found, label)
+            draw_curve(found, label, logarithmic, out / name)
+    lines = [line for line in lines if not in_a_curve(line["method"])]
     if not lines:
         return
     print()
     show_table(lines)
-    show_bootstrap(out, lines)
     if any(not math.isnan(gains(line)["others"]) for line in lines):
         draw_front(lines, out / "front.svg")
     if grid["tune"] != "together":
@@ -598,26 +493,36 @@ def numbers(kind):
     return parse
 
 
+def run_or_plot(parser, argv, show, work):
+    """--plot FOLDER ... shows what was found there; else any option of lander.py, and work.
+
+    show: folder -> None; work: (the parser's options, Settings, Path of --out) -> None
+    """
+    parser.add_argument("--plot", type=Path, nargs="+", help="folders of results; nothing is run")
+    args, rest = parser.parse_known_args(argv)
+
+    def command():
+        if args.plot:
+            for folder in args.plot:
+                show(folder)
+            return
+        settings = lander.Settings(**lander.parse_arguments(rest))
+        if not (settings.out and settings.weights and settings.data):
+            raise InputError("--weights, --data and --out name what to work on, and where to write")
+        out = Path(settings.out)
+        with locked(out):
+            work(args, settings, out)
+
+    return exit_status(command)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--methods", default="lander,layers,lora-all")
     parser.add_argument("--rates", default=[1e-3], type=numbers(float))
     parser.add_argument("--seeds", default=[0], type=numbers(int))
     parser.add_argument("--tune", default="together", choices=("together", "each", "in-turn"))
-    parser.add_argument("--plot", type=Path, nargs="+", help="folders of results; nothing is run")
-    args, rest = parser.parse_known_args(argv)
-
-    def command():
-        if args.plot:
-            for out in args.plot:
-                plot(out)
-            return
-        settings = lander.Settings(**lander.parse_arguments(rest))
-        if not (settings.out and settings.weights and settings.data):
-            raise InputError("--weights, --data and --out name what to compare on, and where to")
-        run_grid(settings, args.methods.split(","), args.rates, args.seeds, args.tune)
-
-    return exit_status(command)
+    return run_or_plot(parser, argv, plot, run_grid)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ A method is a function (model, context) -> learners: it changes the model as it 
 parameters learn from which pair, {"en-de": {name: Parameter}}. compare.py does the rest: the same
 training, with the same batches, and the same evaluation for all.
 
-In this file: LANDeRMT and its parts; some neurons of all layers; whole weights; LoRA and adapters;
-variants of the method; cheap rivals of any method.
+In this file: LANDeRMT and its parts; whole weights; LoRA and adapters; attention, too; decay to the
+start.
 """
 
 import math
@@ -18,7 +18,6 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 
 import lander
-from data import split_pair
 from model import Linear
 
 
@@ -95,63 +94,15 @@ def random_layers(model, context):
     return install(model, context, group(context, selected, context.awareness))
 
 
+def shuffled(awareness):
+    """Every layer's scores, each unit's given to another one: groups of the same sizes. [P, L, F]"""
+    order = torch.rand_like(awareness[0]).argsort(-1)  # [L, F]
+    return awareness.gather(-1, order.expand_as(awareness))
+
+
 def random_scores(model, context):
     """Neurons of the same number in each group, by chance instead of by awareness."""
-    scores = torch.rand_like(context.awareness)
-    return install(model, context, group(context, select(context), scores))
-
-
-# --------------------------------------------------------------------------------------------------
-# Some neurons of all layers, of equal number
-
-
-PART_OF_NEURONS = 0.3
-
-
-def best_neurons(model, context, scores):
-    """Train the PART_OF_NEURONS of all FFN neurons that score highest. scores: pair -> [L, F]"""
-    (pair,) = context.tuned
-    ranked = scores[pair].flatten().argsort(descending=True)  # [L * F]
-    chosen = torch.zeros_like(ranked, dtype=torch.bool)
-    chosen[ranked[: round(PART_OF_NEURONS * len(ranked))]] = True
-    groups = {}
-    for layer, own in enumerate(chosen.view_as(scores[pair])):
-        others = (~own).nonzero().flatten().tolist()
-        specific = {pair: own.nonzero().flatten().tolist(), "others": others}
-        groups[str(layer)] = {"specific": specific, "share": {pair: None}}
-    return keep(install(model, context, groups), ".specific.")
-
-
-def own_awareness(context):
-    """pair -> [L, F]: each pair's scores, scaled to mean 1 in each layer."""
-    scaled = lander.scale_awareness(context.awareness)
-    return dict(zip(context.inputs.scoring, scaled))
-
-
-def neurons_random(model, context):
-    scores = {pair: torch.rand_like(context.awareness[0]) for pair in context.tuned}
-    return best_neurons(model, context, scores)
-
-
-def neurons_aware(model, context):
-    """By awareness for the pair."""
-    return best_neurons(model, context, own_awareness(context))
-
-
-def neurons_relative(model, context):
-    """By awareness for the pair over the mean of the other pairs'."""
-    scores = own_awareness(context)
-    relative = {}
-    for pair in context.tuned:
-        others = torch.stack([scores[other] for other in scores if other != pair]).mean(0)
-        relative[pair] = scores[pair] / others
-    return best_neurons(model, context, relative)
-
-
-def neurons_least(model, context):
-    """The least aware."""
-    scores = own_awareness(context)
-    return best_neurons(model, context, {pair: -scores[pair] for pair in context.tuned})
+    return install(model, context, group(context, select(context), shuffled(context.awareness)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -267,11 +218,6 @@ def added(model, context):
     return dict.fromkeys(context.tuned, own)
 
 
-def lora_attention(model, context):
-    add_lora(model, lambda name: ".attention." in name)
-    return added(model, context)
-
-
 def lora_all(model, context):
     add_lora(model, lambda name: True)
     return added(model, context)
@@ -290,72 +236,7 @@ def adapter_lora(model, context):
 
 
 # --------------------------------------------------------------------------------------------------
-# Variants of the method: other owners, low rank, and attention
-
-
-def own_groups(context, general, own):
-    """Groups of one tuned pair. general, own: [K, F] bool of its K layers; all others are frozen."""
-    (pair,) = context.tuned
-    selected = select(context)
-    pairs = list(context.inputs.scoring)
-    scaled = lander.scale_awareness(context.awareness[:, selected[pair]])[pairs.index(pair)]
-    groups = {}
-    for k, layer in enumerate(selected[pair]):
-        others = (~general[k] & ~own[k]).nonzero().flatten().tolist()
-        specific = {pair: own[k].nonzero().flatten().tolist(), "others": others}
-        share = lander.general_share(scaled[k].double(), general[k], own[k])
-        groups[str(layer)] = {"specific": specific, "share": {pair: share}}
-    return groups
-
-
-def split_by_language(context, awareness, sides, epsilon=None):
-    """General units, and those that the tuned pair's languages own: two of [K, F] bool.
-
-    A language scores what its pairs score on average: those that have it on one of the `sides`, 0
-    for sources and 1 for targets. awareness: [P, K, F]
-    """
-    (pair,) = context.tuned
-    pairs = [split_pair(name) for name in context.inputs.scoring]
-    codes = sorted({names[side] for names in pairs for side in sides})
-    scaled, scores = lander.scale_awareness(awareness), []
-    for code in codes:
-        has_code = [any(names[side] == code for side in sides) for names in pairs]
-        scores.append(scaled[torch.tensor(has_code)].mean(0))
-    epsilon = context.settings.epsilon if epsilon is None else epsilon
-    owner = lander.categorize(torch.stack(scores), epsilon)
-    own = torch.zeros_like(owner, dtype=torch.bool)
-    for side in sides:
-        own |= owner == codes.index(split_pair(pair)[side])
-    return owner == -1, own
-
-
-def owners_by_language(model, context, sides):
-    """Neurons belong to languages: a pair's own are those of its languages on these sides."""
-    (selected,) = select(context).values()
-    general, own = split_by_language(context, context.awareness[:, selected], sides)
-    return install(model, context, own_groups(context, general, own))
-
-
-SHARED_ABOVE = 0.9
-
-
-def shared_owners(model, context):
-    """A specific neuron belongs to every pair above 0.9 of its highest score (Xie et al. 2021)."""
-    (pair,) = context.tuned
-    selected = select(context)[pair]
-    scaled = lander.scale_awareness(context.awareness[:, selected])  # [P, K, F]
-    general = lander.categorize(scaled, context.settings.epsilon) == -1
-    row = scaled[list(context.inputs.scoring).index(pair)]
-    own = ~general & (row >= SHARED_ABOVE * scaled.amax(0))
-    return install(model, context, own_groups(context, general, own))
-
-
-def low_rank(model, context):
-    """LoRA on the general and own neurons instead of training them whole; routers learn, too."""
-    routers = keep(landermt(model, context), ".router.")
-    add_lora(model, lambda name: ".general." in name or ".specific." in name)
-    (pair,) = context.tuned
-    return {pair: routers[pair] | added(model, context)[pair]}
+# The method in attention, too
 
 
 class Selected(nn.Module):
@@ -392,8 +273,9 @@ def attention_channels(model, context, layers, learn):
     reads of channel i, the mixed v_i, is its activation. Heads that share keys and values share
     those rows.
     """
-    config, own = model.config, {}
+    config = model.config
     H, H_kv, d = config.heads, config.kv_heads, config.head_size
+    own = {}
     if config.query_key_value == "interleaved":
         query, key, value = torch.arange(3 * H * d).view(H, 3, d).transpose(0, 1)
     else:
@@ -403,7 +285,8 @@ def attention_channels(model, context, layers, learn):
     rows = torch.stack([query, *shared]).reshape(3, H * d)
     for layer, chosen in zip(layers, learn):
         model.blocks[layer].attention.float()  # fp32 masters
-        place, index = f"blocks.{layer}.attention", rows[:, chosen].unique()
+        place = f"blocks.{layer}.attention"
+        index = rows[:, chosen].unique()
         own |= learn_part(model, f"{place}.query_key_value.weight", 0, index)
         if config.query_key_value_bias:
             own |= learn_part(model, f"{place}.query_key_value.bias", 0, index)
@@ -412,78 +295,41 @@ def attention_channels(model, context, layers, learn):
     return dict.fromkeys(context.tuned, own)
 
 
-def learning_channels(context, layers, epsilon=None, scores=None):
-    """The general and own channels of layers, by the method's own split. -> [len(layers), D] bool"""
+def channels(model, context, layers=None, epsilon=None):
+    """The method's idea in attention: general and own channels, of all layers or of these."""
     (pair,) = context.tuned
-    scores = context.channels if scores is None else scores
+    layers = list(range(model.config.layers)) if layers is None else layers
     epsilon = context.settings.epsilon if epsilon is None else epsilon
-    owner = lander.categorize(scores[:, layers], epsilon)
-    return (owner == -1) | (owner == list(context.inputs.scoring).index(pair))
-
-
-def channels(model, context, epsilon=None):
-    """The method's idea in attention: general and own channels, of all layers."""
-    layers = list(range(model.config.layers))
-    return attention_channels(model, context, layers, learning_channels(context, layers, epsilon))
-
-
-def channels_by_target(model, context, epsilon):
-    """General channels and those of the target language, of all layers."""
-    layers = list(range(model.config.layers))
-    general, own = split_by_language(context, context.channels, (1,), epsilon)
-    return attention_channels(model, context, layers, general | own)
-
-
-def channels_random(model, context, epsilon):
-    """As many channels as `channels` trains in each layer, by chance."""
-    layers = list(range(model.config.layers))
-    like = learning_channels(context, layers, epsilon)
-    learn = torch.zeros_like(like)
-    for row, count in zip(learn, like.sum(1)):
-        row[torch.randperm(len(row))[:count]] = True
+    owner = lander.categorize(context.channels[:, layers], epsilon)
+    learn = (owner == -1) | (owner == list(context.inputs.scoring).index(pair))
     return attention_channels(model, context, layers, learn)
-
-
-def channels_of_layers(model, context):
-    """The same in the layers that representation analysis selects."""
-    (layers,) = select(context).values()
-    return attention_channels(model, context, layers, learning_channels(context, layers))
 
 
 def both(model, context, epsilon=None):
     """Channels of attention in all layers, and the method as it stands in the FFN's."""
-    attention = channels(model, context, epsilon)
+    attention = channels(model, context, epsilon=epsilon)
     ffn = landermt(model, context, epsilon=epsilon)
     return {pair: attention[pair] | ffn[pair] for pair in context.tuned}
 
 
 def both_of_layers(model, context):
     """Channels of attention and neurons of the FFN, in the same layers."""
-    attention = channels_of_layers(model, context)
+    (layers,) = select(context).values()
+    attention = channels(model, context, layers)
     ffn = landermt(model, context)
     return {pair: attention[pair] | ffn[pair] for pair in context.tuned}
 
 
 def both_of_layers_random(model, context):
-    """About the same numbers of channels and neurons, by chance."""
-    by_chance = {
-        "awareness": torch.rand_like(context.awareness),
-        "channels": torch.rand_like(context.channels),
-    }
-    return both_of_layers(model, context._replace(**by_chance))
+    """The same numbers of channels and neurons, by chance."""
+    awareness, channels = shuffled(context.awareness), shuffled(context.channels)
+    return both_of_layers(model, context._replace(awareness=awareness, channels=channels))
 
 
 def blocks_of_layers(model, context):
     """Every weight of attention and FFN in the layers that representation analysis selects."""
     (selected,) = select(context).values()
     places = tuple(f"blocks.{layer}." for layer in selected)
-    return weights(model, context, lambda name: name.startswith(places))
-
-
-def attention_of_layers(model, context):
-    """Every attention weight of the layers that representation analysis selects."""
-    (selected,) = select(context).values()
-    places = tuple(f"blocks.{layer}.attention." for layer in selected)
     return weights(model, context, lambda name: name.startswith(places))
 
 
@@ -494,53 +340,39 @@ PARTS = {
     "general-only": general_only,
     "random-layers": random_layers,
     "random-scores": random_scores,
-    "neurons-random": neurons_random,
-    "neurons-aware": neurons_aware,
-    "neurons-relative": neurons_relative,
-    "neurons-least": neurons_least,
 }
 RIVALS = {
     "full": full,
     "layers": layers,
     "ffn": all_ffn,
     "attention": all_attention,
-    "lora-attention": lora_attention,
     "lora-all": lora_all,
     "adapters": adapters,
     "adapter-lora": adapter_lora,
 }
-OTHER_OWNERS = {
-    "owners-by-language": partial(owners_by_language, sides=(0, 1)),
-    "owners-by-target": partial(owners_by_language, sides=(1,)),
-    "shared-owners": shared_owners,
-    "low-rank": low_rank,
-}
-IN_ATTENTION = {
+VARIANTS = {
     "channels": channels,
     "channels-half": partial(channels, epsilon=0.5),
-    "channels-half-target": partial(channels_by_target, epsilon=0.5),
-    "channels-half-random": partial(channels_random, epsilon=0.5),
-    "channels-of-layers": channels_of_layers,
-    "attention-of-layers": attention_of_layers,
     "both": both,
     "both-half": partial(both, epsilon=0.5),
     "both-of-layers": both_of_layers,
     "both-of-layers-random": both_of_layers_random,
     "blocks-of-layers": blocks_of_layers,
 }
-SWEEPS = {f"k={k}": partial(landermt, k=k) for k in (1, 2, 3, 4, 5, 7)}
-SWEEPS |= {f"epsilon={e}": partial(landermt, epsilon=e) for e in (0.5, 0.75, 0.8, 0.85, 0.95, 1.0)}
+SWEEPS = {
+    **{f"k={k}": partial(landermt, k=k) for k in (1, 2, 3, 4, 5, 7)},
+    **{f"epsilon={e}": partial(landermt, epsilon=e) for e in (0.5, 0.75, 0.8, 0.85, 0.95, 1.0)},
+}
 GROUPS = {  # rows of the picture
     "the method and its parts": PARTS,
     "rivals": RIVALS,
-    "variants: other owners, low rank": OTHER_OWNERS,
-    "variants: attention, too": IN_ATTENTION,
+    "variants": VARIANTS,
 }
-METHODS = PARTS | RIVALS | OTHER_OWNERS | IN_ATTENTION | SWEEPS
+METHODS = PARTS | RIVALS | VARIANTS | SWEEPS
 
 
 # --------------------------------------------------------------------------------------------------
-# Cheap rivals of any method
+# Decay to the start, of any method
 
 
 class FromStart(nn.Module):
@@ -569,10 +401,3 @@ def draw_to_start(model, learners):
         parametrize.register_parametrization(module, kind, FromStart(parameter))
         changes[name] = getattr(module.parametrizations, kind).original
     return {pair: {name: changes[name] for name in own} for pair, own in learners.items()}
-
-
-def interpolate(learners, tuned, part):
-    """Move every parameter `part` of the way from its start to what was tuned."""
-    with torch.no_grad():
-        for name, parameter in lander.merged(learners).items():
-            parameter += part * (tuned[name].to(parameter.device) - parameter)

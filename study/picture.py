@@ -53,21 +53,25 @@ def read_run(folder):
     results = read_json(folder / "results.json", {str: {"before": scores, "after": scores}})
     shape = {str: {"differences": [float], "selected": [int]}}
     analysis = read_json(folder / "layers.json", shape)
-    log, path = read_lines(folder / "log.jsonl"), folder / "log.jsonl"
+    path = folder / "log.jsonl"
+    log = read_lines(path)
     if len(log) < 2:
         raise InputError(f"{path}: has {len(log)} lines, expected at least 2")
-    ends, step = {"step": int, "valid_loss": {str: float}}, {"pair": str, "loss": float}
-    shapes = [ends, *[step | {"step": int}] * (len(log) - 2), ends]
+    ends = {"step": int, "valid_loss": {str: float}}
+    step = {"step": int, "pair": str, "loss": float}
+    shapes = [ends, *[step] * (len(log) - 2), ends]
     log = [parse_json(line, shape, path) for line, shape in zip(log, shapes)]
     model, tokenizer, groups = lander.load_tuned(folder, args, lander.Settings())
-    path, awareness = folder / "awareness.safetensors", {}
+    path = folder / "awareness.safetensors"
+    awareness = {}
     for group in groups.values():
         for pair in group["specific"]:
             awareness[pair] = torch.empty(len(groups), model.config.ffn_size)
     alike = all(group["specific"].keys() == awareness.keys() for group in groups.values())
     if not (alike and results and analysis.keys() == lander.tuned_pairs(groups)):
-        found = "layers.json, neurons.json and results.json are not of the same pairs"
-        raise InputError(f"{folder}: {found}")
+        raise InputError(
+            f"{folder}: layers.json, neurons.json and results.json are not of the same pairs"
+        )
     found = read_tensors(path)
     lander.check_fit(path, found, awareness)
     scaled = lander.scale_awareness(torch.stack([found[pair] for pair in awareness]))  # [P, K, F]
@@ -96,8 +100,8 @@ def draw_ffn(path):
     axes.text(4, 3.75, "x, one token", ha="center", va="center")
     axes.text(4, 0.12, "y = the sum + b$_{down}$", ha="center", va="center")
     for factor, (x, color, name, note) in zip(factors, branches):
-        corner, style = (x - 1.2, 1.15), "round,pad=0.05"
-        axes.add_patch(FancyBboxPatch(corner, 2.4, 0.9, boxstyle=style, fc=color, ec="none"))
+        shape = {"boxstyle": "round,pad=0.05", "fc": color, "ec": "none"}
+        axes.add_patch(FancyBboxPatch((x - 1.2, 1.15), 2.4, 0.9, **shape))
         axes.text(x, 1.72, name, ha="center", va="center", color="white")
         axes.text(x, 1.4, note, ha="center", va="center", color="white", fontsize=8)
         axes.text(x, 2.62, f"× {factor}", ha="center", va="center")
@@ -162,7 +166,9 @@ def draw_matrix(axes, values, texts, framed, names, limits, cmap):
 def draw_owners(axes, run):
     """How many neurons of each layer each pair owns."""
     pairs = list(next(iter(run.groups.values()))["specific"])
-    counts, texts, framed = torch.zeros(len(pairs), len(run.groups)), {}, []
+    counts = torch.zeros(len(pairs), len(run.groups))
+    texts = {}
+    framed = []
     for column, group in enumerate(run.groups.values()):
         for row, pair in enumerate(pairs):
             counts[row, column] = len(group["specific"][pair])
@@ -193,7 +199,9 @@ def draw_losses(axes, run):
 def draw_bleu(axes, run):
     """BLEU of each evaluated pair before and after, in the color of its change."""
     codes = sorted({code for pair in run.results for code in split_pair(pair)})
-    change, texts, framed = torch.full((len(codes), len(codes)), torch.nan), {}, []
+    change = torch.full((len(codes), len(codes)), torch.nan)
+    texts = {}
+    framed = []
     for pair, scores in run.results.items():
         cell = tuple(map(codes.index, split_pair(pair)))
         before, after = scores["before"]["bleu"], scores["after"]["bleu"]
@@ -224,7 +232,8 @@ def draw_run(run, path):
 
 def picture(label, size, draw, *arguments):
     """A figure of its own, of size in inches, with what `draw` draws into its axes, as HTML."""
-    plt, buffer = compare.pyplot(), io.StringIO()
+    plt = compare.pyplot()
+    buffer = io.StringIO()
     figure, axes = plt.subplots(figsize=size, layout="constrained")
     draw(axes, *arguments)
     compare.save(figure, buffer)
@@ -253,7 +262,8 @@ def in_language(code):
 
 def visible_tokens(tokenizer, ids):
     """The text of each token; "" for one that ends inside a character, which the next one shows."""
-    texts, shown = [], 0
+    texts = []
+    shown = 0
     for end in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[:end])
         ends_inside = text.endswith("\ufffd") and end < len(ids)
@@ -272,7 +282,8 @@ def shade(value, limit):
 
 def shaded_tokens(tokenizer, ids, values, limit):
     """Tokens as text, in the color of their value, which the title tells."""
-    shown, waiting = "", []
+    shown = ""
+    waiting = []
     for text, value in zip(visible_tokens(tokenizer, ids), values):
         waiting.append(value)
         if text:
@@ -309,7 +320,9 @@ def read_tokens(run, pair, source, reference):
 def tokens_table(run, pair, tokens, limit):
     """A row for each stretch of prompt, source or target, from top to bottom as the model reads."""
     source, target = split_pair(pair)
-    languages, rows, first = {"prompt": "en", "source": source, "target": target}, "", 0
+    languages = {"prompt": "en", "source": source, "target": target}
+    rows = ""
+    first = 0
     for kind, stretch in groupby(tokens.kinds):
         size = len(list(stretch))
         part = slice(first, first + size)
@@ -324,7 +337,8 @@ def tokens_table(run, pair, tokens, limit):
 
 def show_sentences(run):
     """Each tuned pair's sentences, with tokens where the pair is routed."""
-    page, everything = "", {}
+    page = ""
+    everything = {}
     for pair in run.analysis:
         sentences = read_sentences(run, pair)
         everything[pair] = [(own, read_tokens(run, pair, *own[:2])) for own in sentences]

@@ -22,8 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lander
-from data import InputError, LANGUAGES, exit_status, locked, make_batch, make_batches, read_json
-from data import render, split_pair, write_json
+from data import LANGUAGES, make_batch, make_batches, read_json, render, split_pair, write_json
 from model import load_model
 from study import compare
 from study.methods import METHODS
@@ -57,7 +56,7 @@ def removal(context):
 
     The last but one key of a pair, "random", is a tenth by chance; "none" has nothing removed.
     """
-    found, settings = {}, context.settings
+    settings = context.settings
     pairs = [pair for pair in context.inputs.test if pair in context.inputs.scoring]
     valid = {}
     for pair in pairs:
@@ -72,7 +71,7 @@ def removal(context):
         return {"loss": losses, "bleu": {pair: scores[pair]["bleu"] for pair in pairs}}
 
     nothing = torch.zeros(context.awareness.shape[1:], dtype=torch.bool)  # [L, F]
-    found["none"] = [measure(nothing, "none")]
+    found = {"none": [measure(nothing, "none")]}
     by_chance = torch.rand(nothing.shape, generator=torch.Generator().manual_seed(settings.seed))
     found["random"] = [measure(next(tenths(by_chance)), "random")]
     for pair in context.tuned:
@@ -129,7 +128,8 @@ def stability(context):
         text[pair] = own[: 2 * settings.score_sentences]
 
     def owners(chosen, make=render):
-        scores, layers = [], {}
+        scores = []
+        layers = {}
         for pair, own in text.items():
             examples = [make(tokenizer, pair, *sentences) for sentences in chosen(own)]
             batches = list(make_batches(examples, tokenizer.pad_id, settings.micro_tokens))
@@ -220,7 +220,9 @@ ROUTING_SEEDS = (0, 1, 2)
 def routing(context):
     """-> {"values": [...], "bleu": [...], "cosines": {...}}, over seeds and two rates"""
     settings, tokenizer = context.settings, context.tokenizer
-    values, bleu, routers = [], [], {}
+    values = []
+    bleu = []
+    routers = {}
     for rate in (settings.lr, settings.lr / 3):
         for seed in ROUTING_SEEDS:
             torch.manual_seed(seed)
@@ -229,7 +231,7 @@ def routing(context):
             learners = METHODS["lander"](model.requires_grad_(False), own)
             folder = Path(settings.out) / "cells" / f"{rate:g} {seed}"
             folder.mkdir(parents=True, exist_ok=True)
-            compare.train(model, own, learners, own.tuned, None, set(), folder)
+            compare.train(model, own, learners, own.tuned, compare.parse_method("lander"), folder)
             layers = lander.routed_layers(model)
             for pair in own.tuned:
                 text = lander.read_text(settings, "valid", pair, {})[:50]
@@ -245,26 +247,22 @@ def routing(context):
             bleu.append({"rate": rate, "seed": seed} | without_routing(model, own, folder))
     cosines = {"other seed": [], "other rate": [], "other pair": []}
     for (first, w), (second, v) in combinations(routers.items(), 2):
-        differs = [
-            name for name, a, b in zip(("rate", "seed", "layer", "pair"), first, second) if a != b
-        ]
+        named = zip(("rate", "seed", "layer", "pair"), first, second)
+        differs = [name for name, a, b in named if a != b]
         if len(differs) == 1 and differs[0] != "layer":
             cosine = torch.nn.functional.cosine_similarity(w, v, dim=0).item()
             cosines[f"other {differs[0]}"].append(cosine)
-    return {
-        "values": values,
-        "bleu": bleu,
-        "cosines": {k: mean(v) for k, v in cosines.items() if v},
-    }
+    cosines = {name: mean(own) for name, own in cosines.items() if own}
+    return {"values": values, "bleu": bleu, "cosines": cosines}
 
 
 @torch.no_grad()
 def without_routing(model, context, folder):
     """BLEU of the tuned pairs as trained; with CAR fixed where it started; swapped; by chance."""
     layers = lander.routed_layers(model)
-    learned = {
-        layer: {p: w.clone() for p, w in ffn.router.items()} for layer, ffn in layers.items()
-    }
+    learned = {}
+    for layer, ffn in layers.items():
+        learned[layer] = {pair: router.clone() for pair, router in ffn.router.items()}
     after = dict(zip(context.tuned, context.tuned[1:] + context.tuned[:1]))
     changes = {
         "as trained": lambda own, pair: own[pair],
@@ -290,32 +288,34 @@ def without_routing(model, context, folder):
 
 def show_removal(found, path):
     (none,), (chance,) = found.pop("none"), found.pop("random")
+
+    def changes(pair, part):
+        """Of loss and of BLEU, each of this pair and the mean of the others."""
+        row = []
+        for what in ("loss", "bleu"):
+            change = {other: part[what][other] - none[what][other] for other in none[what]}
+            row += [change.pop(pair), mean(change.values())]
+        return row
+
     plt = compare.pyplot()
     figure, panels = plt.subplots(1, 2, figsize=(10, 4))
-    print(
-        "neurons removed by tenths of awareness: change of loss and of BLEU, this pair and others"
-    )
+    print("neurons removed by tenths: change of loss, this pair's and others'; the same of BLEU")
+    tenth = range(1, TENTHS + 1)
     for number, (pair, parts) in enumerate(found.items()):
-        rows = []
-        for part in [*parts, chance]:
-            others = [other for other in none["loss"] if other != pair]
-            row = []
-            for what in ("loss", "bleu"):
-                row.append(part[what][pair] - none[what][pair])
-                row.append(mean(part[what][other] - none[what][other] for other in others))
-            rows.append(row)
-        for label, row in zip([*range(1, TENTHS + 1), "random"], rows):
+        rows = [changes(pair, part) for part in [*parts, chance]]
+        for label, row in zip([*tenth, "random"], rows):
             print(
                 f"{pair:<9}{label!s:>7}{row[0]:>+9.3f}{row[1]:>+9.3f}{row[2]:>+8.2f}{row[3]:>+8.2f}"
             )
+        own_loss, other_loss, own_bleu, other_bleu = zip(*rows)
         color = plt.cm.tab10(number)
-        for axes, column, name in ((panels[0], 0, "loss, nats a token"), (panels[1], 2, "BLEU")):
-            tenth = range(1, TENTHS + 1)
-            axes.plot(tenth, [row[column] for row in rows[:-1]], "o-", color=color, label=pair)
-            axes.plot(
-                tenth, [row[column + 1] for row in rows[:-1]], "--", color=color, label="others"
-            )
-            axes.axhline(rows[-1][column], color=color, linestyle=":", label="a tenth by chance")
+        for axes, own, others, name in (
+            (panels[0], own_loss, other_loss, "loss, nats a token"),
+            (panels[1], own_bleu, other_bleu, "BLEU"),
+        ):
+            axes.plot(tenth, own[:-1], "o-", color=color, label=pair)
+            axes.plot(tenth, others[:-1], "--", color=color, label="others")
+            axes.axhline(own[-1], color=color, linestyle=":", label="a tenth by chance")
             axes.set(xlabel="tenth of awareness that is removed", ylabel=f"change of {name}")
             axes.grid(alpha=0.3)
     panels[1].legend(fontsize=7)
@@ -337,26 +337,23 @@ def show_stability(found):
 
 
 def show_routing(found):
-    print(
-        "CAR / share after tuning: mean, deviation over tokens; by rate, pair, layer, kind of token"
-    )
+    print("CAR / share after tuning: mean, deviation over tokens; by rate, pair, layer, kind")
     cells = {}
     for entry in found["values"]:
         place = f"{entry['rate']:<8g}{entry['pair']:<9}{entry['layer']:>3}  {entry['kind']:<8}"
         cells.setdefault(place, []).append(entry)
     for place, own in cells.items():
-        means, deviations = ([entry[key] for entry in own] for key in ("mean", "std"))
-        print(
-            f"{place}{compare.spread(means):>27}{mean(deviations):>7.3f}  share {own[0]['share']:.2f}"
-        )
+        means = compare.spread([entry["mean"] for entry in own])
+        deviation = mean(entry["std"] for entry in own)
+        print(f"{place}{means:>27}{deviation:>7.3f}  share {own[0]['share']:.2f}")
     print("BLEU of the tuned pairs, minus BLEU as trained: mean over pairs, from to over seeds")
     for rate in sorted({entry["rate"] for entry in found["bleu"]}):
         own = [entry for entry in found["bleu"] if entry["rate"] == rate]
-        for name in own[0]:
-            if name not in ("rate", "seed", "as trained"):
-                trained = [mean(entry["as trained"].values()) for entry in own]
-                values = [mean(entry[name].values()) - t for entry, t in zip(own, trained)]
-                print(f"{rate:<8g}{name:<20}{compare.spread(values):>27}")
+        for name in [name for name in own[0] if name not in ("rate", "seed", "as trained")]:
+            values = []
+            for entry in own:
+                values.append(mean(entry[name].values()) - mean(entry["as trained"].values()))
+            print(f"{rate:<8g}{name:<20}{compare.spread(values):>27}")
     print("cosine of routers: " + ", ".join(f"{k} {v:.2f}" for k, v in found["cosines"].items()))
 
 
@@ -372,32 +369,21 @@ def plot(out):
         show_routing(read_json(out / "routing.json", {}))
 
 
+EXPERIMENTS = {"removal": removal, "stability": stability, "routing": routing}
+
+
+def look(args, settings, out):
+    """Make every experiment whose file is not there yet."""
+    compare.check_grid(out / "grid.json", settings, "together")
+    context = compare.prepare(settings, out)
+    for name, experiment in EXPERIMENTS.items():
+        if not (out / f"{name}.json").exists():
+            write_json(out / f"{name}.json", experiment(context))
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--plot", type=Path, nargs="+", help="folders of results; nothing is run")
-    args, rest = parser.parse_known_args(argv)
-
-    def command():
-        if args.plot:
-            for out in args.plot:
-                plot(out)
-            return
-        settings = lander.Settings(**lander.parse_arguments(rest))
-        if not (settings.out and settings.weights and settings.data):
-            raise InputError("--weights, --data and --out name what to look at, and where to write")
-        out = Path(settings.out)
-        with locked(out):
-            compare.check_grid(out / "grid.json", settings, "together")
-            context = compare.prepare(settings, out)
-            for name, experiment in (
-                ("removal", removal),
-                ("stability", stability),
-                ("routing", routing),
-            ):
-                if not (out / f"{name}.json").exists():
-                    write_json(out / f"{name}.json", experiment(context))
-
-    return exit_status(command)
+    return compare.run_or_plot(parser, argv, plot, look)
 
 
 if __name__ == "__main__":
