@@ -764,13 +764,16 @@ def read_rotary(published):
     scaling = published.get("rope_scaling") or published.get("rope_parameters") or {}
     base = float(scaling.get("rope_theta", published.get("rope_theta", 10000.0)))
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    numbers = {"default": [], "linear": ["factor"]}
-    numbers["llama3"] = ["factor", "low_freq_factor", "high_freq_factor"]
-    if kind not in list(numbers):
-        raise InputError(f"rope_scaling of type {kind!r}, expected {', '.join(numbers)}")
-    known = {"rope_theta", "rope_type", "type", "original_max_position_embeddings", *numbers[kind]}
+    factors = {
+        "default": [],
+        "linear": ["factor"],
+        "llama3": ["factor", "low_freq_factor", "high_freq_factor"],
+    }
+    if kind not in list(factors):
+        raise InputError(f"rope_scaling of type {kind!r}, expected {', '.join(factors)}")
+    known = {"rope_theta", "rope_type", "type", "original_max_position_embeddings", *factors[kind]}
     if more := scaling.keys() - known:
-        raise InputError(f"rope_scaling has {', '.join(more)}, which is not supported")
+        raise InputError(f"rope_scaling has {', '.join(sorted(more))}, which is not supported")
     if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
         raise InputError("rope_scaling: low_freq_factor is not below high_freq_factor")
     scaling = scaling | {"rope_type": kind}
@@ -846,29 +849,23 @@ LLAMA_NAMES = {
 }
 PACKED = {"blocks.{}.attention.query_key_value": "model.layers.{}.self_attn.W_pack"}
 
-# Keys of config.json that change what is computed, and what they may be if they are there.
-FLAGS = (
+# Keys of config.json that change what is computed, and what they may be where they are set.
+SILU, GELU = {"hidden_act": ["silu", "swish"]}, {"hidden_act": ["gelu"], "rope_scaling": [None]}
+BAICHUAN = SILU | {"rope_scaling": [None], "tie_word_embeddings": [False]}
+GPT2 = {"activation_function": ["gelu_new", "gelu_pytorch_tanh"], "scale_attn_weights": [True]}
+ABSENT = (
     "add_cross_attention alibi attn_logit_softcapping clip_qkv final_logit_softcapping"
     " no_rope_layers num_experts num_local_experts parallel_attn qk_layernorm quantization_config"
     " scale_attn_by_inverse_layer_idx use_bidirectional_attention use_parallel_residual use_qk_norm"
 )
-FACTORS = (
+ONE = (
     "attention_multiplier embedding_multiplier logit_scale logits_scaling partial_rotary_factor"
     " residual_multiplier rotary_pct"
 )
-NEVER = dict.fromkeys(FLAGS.split(), [None, False]) | dict.fromkeys(FACTORS.split(), [None, 1])
-SILU = NEVER | {"hidden_act": ["silu", "swish"]}
-GELU = NEVER | {"hidden_act": ["gelu"], "rope_scaling": [None]}
-BAICHUAN = SILU | {"rope_scaling": [None], "tie_word_embeddings": [False]}
-GPT2 = NEVER | {
-    "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
-    "scale_attn_weights": [True],
-}
-
+OTHERS = dict.fromkeys(ABSENT.split(), [None, False]) | dict.fromkeys(ONE.split(), [None, 1])
 
 # Tensors that are no weights: angles, which are computed in fp32, and who may see whom.
-INVERSE_FREQUENCIES = r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
-CAUSAL_MASKS = r"h\.\d+\.attn\.(masked_)?bias"
+DROPPED = r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq|h\.\d+\.attn\.(masked_)?bias"
 
 
 class Family(NamedTuple):
@@ -878,19 +875,18 @@ class Family(NamedTuple):
     names: dict  # our module -> the published one, "{}" for the layer; a tuple: rows concatenated
     computes: dict  # keys of config.json, and the values of theirs that are computed here
     prefix: str = "model."  # stands before the published names or not
-    drops: str = INVERSE_FREQUENCIES  # regex of tensors that are no weights
     transposed: bool = False  # matrices of blocks are stored [in, out]
 
 
 LLAMA = Family(read_llama, LLAMA_NAMES, SILU)
 FAMILIES = {
-    "bloom": Family(read_bloom, BLOOM_NAMES, GELU, "transformer.", "(?!)"),
+    "bloom": Family(read_bloom, BLOOM_NAMES, GELU, "transformer."),
     "baichuan": Family(read_baichuan, LLAMA_NAMES | PACKED, BAICHUAN),
     "llama": LLAMA,
     "mistral": LLAMA._replace(read=read_mistral),
     "qwen2": LLAMA._replace(read=read_qwen2),
     "qwen3": LLAMA._replace(read=read_qwen3),
-    "gpt2": Family(read_gpt2, GPT2_NAMES, GPT2, "transformer.", CAUSAL_MASKS, transposed=True),
+    "gpt2": Family(read_gpt2, GPT2_NAMES, GPT2, "transformer.", transposed=True),
 }
 
 
@@ -900,7 +896,7 @@ def read_config(published):
     if name not in list(FAMILIES):
         raise InputError(f"model_type is {name!r}, expected one of {', '.join(FAMILIES)}")
     family = FAMILIES[name]
-    for key, values in family.computes.items():
+    for key, values in (OTHERS | family.computes).items():
         if key in published and published[key] not in values:
             raise InputError(f"{key} is {published[key]!r}, expected {values[0]!r}")
     kinds = published.get("layer_types") or []
@@ -991,9 +987,6 @@ def find_tensors(folder, prefix):
     """All tensors of a checkpoint, memory-mapped, by name without prefix. -> {name: tensor}"""
     found = {}
     for path in checkpoint_files(folder):
-        with reading(path), open(path, "rb") as file:
-            if file.read(40).startswith(b"version https://git-lfs"):
-                raise InputError(f"{path}: a Git LFS pointer; git lfs pull fetches the file itself")
         file = open_safetensors(path)
         for name in file.keys():
             short = WRAPPERS.sub("", name).removeprefix(prefix)
@@ -1006,11 +999,8 @@ def find_tensors(folder, prefix):
     return found
 
 
-def check_tensors(folder, found, wanted, drops):
-    """One InputError about every missing, unexpected and misshapen tensor.
-
-    found, wanted: {name: tensor}, wanted without data; drops: regex of what may be passed over
-    """
+def check_tensors(folder, found, wanted):
+    """One InputError about every missing, unexpected and misshapen tensor. Both {name: tensor}"""
     misshapen = []
     for name in [name for name in wanted if name in found]:
         tensor, shape = found[name], list(wanted[name].shape)
@@ -1018,7 +1008,7 @@ def check_tensors(folder, found, wanted, drops):
             misshapen.append(f"{name} {tensor.dtype} {list(tensor.shape)}, expected floats {shape}")
     problems = {
         "missing": [name for name in wanted if name not in found],
-        "unexpected": [n for n in found if n not in wanted and not re.fullmatch(drops, n)],
+        "unexpected": [n for n in found if n not in wanted and not re.fullmatch(DROPPED, n)],
         "misshapen": misshapen,
     }
     said = []
@@ -1059,7 +1049,7 @@ def load_model(folder, device="cpu", dtype=None, config=None):
     for parameter, value in model.named_parameters():
         for name, tensor in to_published(config, parameter, value).items():
             wanted[name.removeprefix(prefix)] = tensor
-    check_tensors(folder, found, wanted, FAMILIES[config.family].drops)
+    check_tensors(folder, found, wanted)
     dtype = dtype or found[next(iter(wanted))].dtype  # the embedding's
     state = {}
     for parameter, _ in model.named_parameters():
@@ -1127,12 +1117,11 @@ def convert(folder):
         target = folder / (shard.stem.removeprefix("pytorch_") + ".safetensors")
         tensors, seen = loaded.pop(0), set()
         for name, tensor in tensors.items():
-            storage = tensor.untyped_storage().data_ptr()
             # safetensors takes none in the memory of another: a head that is tied to the embedding.
-            tensors[name] = tensor.contiguous()
-            if storage in seen and tensors[name] is tensor:
-                tensors[name] = tensor.clone()
-            seen.add(storage)
+            tensor = tensor.contiguous()
+            memory = tensor.untyped_storage().data_ptr()
+            tensors[name] = tensor.clone() if memory in seen else tensor
+            seen.add(memory)
         write_tensors(target, tensors)
         weight_map |= dict.fromkeys(tensors, target.name)
         total_size += sum(tensor.nbytes for tensor in tensors.values())
