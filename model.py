@@ -129,7 +129,7 @@ class Linear(nn.Linear):
 
 @contextmanager
 def cast_once(model):
-    """While open, what is cast in each pass is cast once: for many passes in which nothing learns."""
+    """While open, weights are cast once and not in each pass: nothing may learn meanwhile."""
     dtype = model.embedding.weight.dtype
     linears = [module for module in model.modules() if isinstance(module, Linear)]
     for linear in linears:
@@ -434,12 +434,12 @@ class Decoder(nn.Module):
         return logits if norms is None else (logits / norms).to(logits.dtype)
 
     def next_logits(self, ids, cache, head):
-        """Read new tokens of each row of the cache. ids [rows, T] -> logits of the next, [rows, V]"""
+        """Read more tokens of each row of the cache, [rows, T] -> logits of the next, [rows, V]"""
         return self.logits(self.hidden_states(ids, cache=cache)[:, -1], head)
 
     @torch.inference_mode()
     def generate(self, ids, mask, max_new_tokens, eos_id, beams=1, vocab_size=None, line_ends=None):
-        """Continue prompts: greedy, or beam search by log-probability a token, the last one counted.
+        """Continue prompts: greedy, or beam search by log-probability a token, its end counted.
 
         ids, mask [B, T], padded on either side. A continuation ends at eos_id (an id, or several),
         with a token that ends its line (line_ends: data.LineEnds), after max_new_tokens (a number,
@@ -462,13 +462,12 @@ class Decoder(nn.Module):
         with cast_once(self):
             cache, logits = read_prompts(self, head, ids, mask, int(limits.max()), beams)
             if beams == 1:
-                new, lengths = greedy_search(self, head, cache, logits, limits, ends)
+                new = greedy_search(self, head, cache, logits, limits, ends)
             else:
-                new, lengths = beam_search(self, head, cache, logits, limits, ends, beams)
-        continuations = [None] * B
-        lengths = lengths.minimum(limits)
-        for b, row, length in zip(order.tolist(), new.tolist(), lengths.tolist()):
-            continuations[b] = [token for token in row[:length] if token not in eos_ids]
+                new = beam_search(self, head, cache, logits, limits, ends, beams)
+        continuations, no_text = [None] * B, {*eos_ids, NO_TOKEN}
+        for b, row, limit in zip(order.tolist(), new.tolist(), limits.tolist()):
+            continuations[b] = [token for token in row[:limit] if token not in no_text]
         return continuations
 
 
@@ -532,6 +531,7 @@ class Cache:
 
 
 PROMPTS_AT_ONCE = 32
+NO_TOKEN = -1  # in a row of new ids, after its end
 
 
 def read_prompts(model, head, ids, mask, max_new_tokens, beams):
@@ -570,8 +570,8 @@ def survivors(alive):
 
 
 def which_end(eos_ids, line_ends, vocab_size, device):
-    """Which tokens are visible, [V] bool, and which end a continuation, [2, V] bool: in the first row
-    if its line shows nothing so far, in the second if it does. line_ends: data.LineEnds or None"""
+    """Which tokens are visible, [V] bool, and which end a continuation, [2, V] bool: row 0 where
+    its line shows nothing so far, row 1 where it does. line_ends: data.LineEnds or None"""
     visible, before, after = line_ends or torch.zeros(3, vocab_size, dtype=torch.bool)
     ending = torch.stack([before, after])
     ending[:, [id for id in eos_ids if id < vocab_size]] = True
@@ -581,13 +581,12 @@ def which_end(eos_ids, line_ends, vocab_size, device):
 def greedy_search(model, head, cache, logits, limits, ends):
     """The likeliest token, again and again; finished sentences leave.
 
-    logits of the first new token [B, V], limits [B] -> new ids [B, largest limit], lengths [B]
+    logits of the first new token [B, V], limits [B] -> new ids [B, largest limit], and NO_TOKEN
     """
     visible, ending = ends
     sentence = torch.arange(len(logits), device=logits.device)  # which one each live row is
     begun = torch.zeros_like(sentence, dtype=torch.bool)  # whether its line shows something
-    new = sentence.new_zeros(len(logits), int(limits.max()))
-    lengths = limits.clone()
+    new = sentence.new_full((len(logits), int(limits.max())), NO_TOKEN)
     for step in range(new.shape[1]):
         token = logits.max(-1).indices  # argmax, several times faster on the CPU
         new[sentence, step] = token
@@ -595,7 +594,6 @@ def greedy_search(model, head, cache, logits, limits, ends):
         begun = begun | visible[token]
         alive = ~ended & (limits > step + 1)
         if not alive.all():
-            lengths[sentence[ended]] = step + 1
             order = survivors(alive)
             cache.select(order)
             sentence, token = sentence[order], token[order]
@@ -603,7 +601,7 @@ def greedy_search(model, head, cache, logits, limits, ends):
         if len(sentence) == 0:
             break
         logits = model.next_logits(token[:, None], cache, head)
-    return new, lengths
+    return new
 
 
 def beam_search(model, head, cache, logits, limits, ends, beams):
@@ -619,12 +617,12 @@ def beam_search(model, head, cache, logits, limits, ends, beams):
     B, V = logits.shape
     prompt_length = cache.length
     sentence = torch.arange(B, device=logits.device)  # [S] which ones are live
-    tokens = sentence.new_zeros(B, beams, int(limits.max()))  # [S, beams, largest limit]
+    tokens = sentence.new_full((B, beams, int(limits.max())), NO_TOKEN)  # [S, beams, limit]
     begun = torch.zeros(B, beams, dtype=torch.bool, device=logits.device)  # [S, beams]
     total = torch.full_like(begun, -torch.inf, dtype=torch.float)  # [S, beams] log-probability
     finished = total.clone()  # [S, beams] the highest scores of what has ended, in order
     total[:, 0] = 0  # the beams are alike at first: one alone goes on
-    best, best_length = torch.zeros_like(tokens[:, 0]), torch.zeros_like(sentence)
+    best = tokens[:, 0].clone()  # [B, limit] the finished hypothesis with the highest score
     cache.select(sentence.repeat_interleave(beams))
     logits = logits.repeat_interleave(beams, dim=0)
     for step in range(tokens.shape[2]):
@@ -639,9 +637,9 @@ def beam_search(model, head, cache, logits, limits, ends, beams):
         score = (score / (step + 1)).masked_fill(~ended, -torch.inf)
         top_score, top = score.max(1)  # [S]
         better = top_score > finished[:, 0]
-        hypothesis = tokens[row, choice[row, top] // V]  # [S, largest limit]
+        hypothesis = tokens[row, choice[row, top] // V]  # [S, limit]
         hypothesis[:, step] = choice[row, top] % V
-        best[sentence[better]], best_length[sentence[better]] = hypothesis[better], step + 1
+        best[sentence[better]] = hypothesis[better]
         finished = torch.cat([finished, score], 1).topk(beams).values
 
         total, choice = candidates.masked_fill_(ends_here, -torch.inf).flatten(1).topk(beams)
@@ -660,7 +658,7 @@ def beam_search(model, head, cache, logits, limits, ends, beams):
         sentence, limits, tokens = sentence[order], limits[order], tokens[order]
         begun, total, finished = begun[order], total[order], finished[order]
         logits = model.next_logits(token[order].view(-1, 1), cache, head)
-    return best, best_length
+    return best
 
 
 # --------------------------------------------------------------------------------------------------
@@ -856,7 +854,8 @@ GPT2 = {"activation_function": ["gelu_new", "gelu_pytorch_tanh"], "scale_attn_we
 ABSENT = (
     "add_cross_attention alibi attn_logit_softcapping clip_qkv final_logit_softcapping"
     " no_rope_layers num_experts num_local_experts parallel_attn qk_layernorm quantization_config"
-    " scale_attn_by_inverse_layer_idx use_bidirectional_attention use_parallel_residual use_qk_norm"
+    " rope_interleave scale_attn_by_inverse_layer_idx use_bidirectional_attention use_qk_norm"
+    " use_parallel_residual"
 )
 ONE = (
     "attention_multiplier embedding_multiplier logit_scale logits_scaling partial_rotary_factor"
@@ -891,7 +890,7 @@ FAMILIES = {
 
 
 def read_config(published):
-    """The contents of a config.json -> Config. What would be another function is refused by name."""
+    """The contents of a config.json -> Config. InputError names what would be another function."""
     name = published.get("model_type")
     if name not in list(FAMILIES):
         raise InputError(f"model_type is {name!r}, expected one of {', '.join(FAMILIES)}")
@@ -932,7 +931,7 @@ def published_names(family, parameter):
 
 
 def oriented(config, parameter, value):
-    """A weight as the other side has it: GPT-2's files hold the matrices of its blocks transposed."""
+    """A weight as the other side has it: GPT-2's files hold matrices of blocks transposed."""
     is_matrix = parameter.startswith("blocks.") and value.dim() == 2
     return value.T if FAMILIES[config.family].transposed and is_matrix else value
 
@@ -954,12 +953,14 @@ FLOATS = torch.float16, torch.bfloat16, torch.float32
 
 def why_no_config(folder):
     """What a folder without config.json is taken for."""
-    if (folder / "adapter_config.json").exists():
-        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    adapter = folder / "adapter_config.json"
+    if adapter.exists():
+        with reading(adapter):
+            base = read_json(adapter)["base_model_name_or_path"]
         return f"not there, this is an adapter of {base}; merge it into that model first (peft)"
-    if folder.exists():
-        return "cannot be read, there is none"
-    return f"no such folder; from a hub: hf download {folder} --local-dir {folder.name}"
+    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
+        return f"no such folder; from a hub: hf download {folder} --local-dir {folder.name}"
+    return "cannot be read, there is none"
 
 
 def checkpoint_files(folder):
@@ -993,7 +994,7 @@ def find_tensors(folder, prefix):
             if short in found:
                 short = f"{name} (twice)"  # which is no name of a model's: it is unexpected
             with reading(path):
-                # An open file keeps in memory all that was read through it: what is large has its own.
+                # An open file keeps all that was read through it: what is large has its own.
                 large = math.prod(file.get_slice(name).get_shape()) > 2**20
                 found[short] = (open_safetensors(path) if large else file).get_tensor(name)
     return found
@@ -1040,7 +1041,7 @@ def load_model(folder, device="cpu", dtype=None, config=None):
         if head.dtype == embedding.dtype and torch.equal(head, embedding):
             del found["lm_head.weight"]
         else:
-            note(f"{folder}: lm_head.weight is not tied to the embedding; it is used as it is")
+            note(f"{folder}: lm_head.weight differs from the embedding it is tied to; it is used")
             published = config.published | {"tie_word_embeddings": False}
             config = replace(config, head="plain", published=published)
     with torch.device("meta"):

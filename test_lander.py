@@ -1826,18 +1826,34 @@ def packed(tensors):
     return tensors
 
 
-# How BLOOM was published, by its number of heads (n_embed wins), and an older spelling of scalings.
-PUBLISHED = {"n_embed": 48, "hidden_size": 7, "n_head": "gone", "n_inner": None}
-FOUR, SIX = ({**PUBLISHED, "num_attention_heads": heads} for heads in (4, 6))
+# How BLOOM was published, by its number of heads; n_embed wins.
+FOUR = {
+    "n_embed": 48,
+    "hidden_size": 7,
+    "n_head": "gone",
+    "n_inner": None,
+    "num_attention_heads": 4,
+}
+SIX = FOUR | {"num_attention_heads": 6}
+AFTER_NORM = {"apply_residual_connection_post_layernorm": True}
+# Rotary positions as transformers 5 spells them, and as it was before.
+PLAIN = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+LINEAR = {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}
+LLAMA3 = {"rope_parameters": LLAMA3_SCALING | {"rope_theta": 5e5}}
 OLD = {"rope_parameters": "gone"}
-LINEAR = {"rope_type": "linear", "factor": 4.0}
-THETA, SCALED, LLAMA3 = {"rope_theta": 1e6}, {"rope_theta": 1e4}, {"rope_theta": 5e5}
-# What transformers takes for a key that is not there, and the file may leave out.
+OLD_PLAIN = OLD | {"rope_theta": 1e6, "rope_scaling": None}
+OLD_LINEAR = OLD | {"rope_scaling": {"type": "linear", "factor": 4.0}}
+OLD_LLAMA3 = OLD | {"rope_theta": 5e5, "rope_scaling": LLAMA3_SCALING}
+# What transformers takes for a key that is not there, and the file may leave out; and with what
+# options of the config that is what they say.
 ABSENT = dict.fromkeys(
     "num_key_value_heads rms_norm_eps attention_bias mlp_bias head_dim rope_parameters sliding_window"
     " tie_word_embeddings use_sliding_window max_position_embeddings layer_types".split(),
     "gone",
 )
+MISTRAL = {"num_attention_heads": 16, "num_key_value_heads": 8, "hidden_size": 64}
+QWEN2 = {"num_attention_heads": 64, "num_key_value_heads": 32, "hidden_size": 128}
+QWEN3 = {"num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128}
 
 # What a reader or a loader gets wrong at first: kind, options of transformers' config, and how the
 # files are written.
@@ -1847,11 +1863,7 @@ CASES = {
     "6 heads, shards": ("bloom", {"n_head": 6}, dict(config=SIX, max_shard_size="60KB")),
     "12 heads, shards": ("bloom", {"n_head": 12}, dict(tensors=with_head, max_shard_size="60KB")),
     "16 bits": ("bloom", {"n_head": 6, "dtype": torch.float16}, dict(config=SIX, tensors=bare)),
-    "residual after the norm": (
-        "bloom",
-        {"apply_residual_connection_post_layernorm": True},
-        dict(config=FOUR, tensors=bare),
-    ),
+    "residual after the norm": ("bloom", AFTER_NORM, dict(config=FOUR, tensors=bare)),
     "baichuan": ("llama", {}, dict(config={"model_type": "baichuan"}, tensors=packed)),
     "8 heads of keys and values": ("llama", {}, {}),
     "4": ("llama", {"num_key_value_heads": 4}, {}),
@@ -1859,45 +1871,21 @@ CASES = {
     "1, the head tied": ("llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}, {}),
     "biases": ("llama", {"attention_bias": True, "mlp_bias": True}, {}),
     "heads of another size": ("llama", {"head_dim": 10, "num_key_value_heads": 2}, {}),
-    "another base": ("llama", {"rope_parameters": {"rope_type": "default"} | THETA}, {}),
-    "another base, old spelling": (
-        "llama",
-        {"rope_parameters": {"rope_type": "default"} | THETA},
-        {"config": OLD | THETA | {"rope_scaling": None}},
-    ),
-    "linear scaling": ("llama", {"rope_parameters": LINEAR | SCALED}, {}),
-    "linear scaling, old spelling": (
-        "llama",
-        {"rope_parameters": LINEAR | SCALED},
-        {"config": OLD | {"rope_scaling": {"type": "linear", "factor": 4.0}}},
-    ),
-    "llama3 scaling": ("llama", {"rope_parameters": LLAMA3_SCALING | LLAMA3}, {}),
-    "llama3 scaling, old spelling": (
-        "llama",
-        {"rope_parameters": LLAMA3_SCALING | LLAMA3},
-        {"config": OLD | LLAMA3 | {"rope_scaling": LLAMA3_SCALING}},
-    ),
+    "another base": ("llama", PLAIN, {}),
+    "another base, old spelling": ("llama", PLAIN, {"config": OLD_PLAIN}),
+    "linear scaling": ("llama", LINEAR, {}),
+    "linear scaling, old spelling": ("llama", LINEAR, {"config": OLD_LINEAR}),
+    "llama3 scaling": ("llama", LLAMA3, {}),
+    "llama3 scaling, old spelling": ("llama", LLAMA3, {"config": OLD_LLAMA3}),
     "llama, absent keys": ("llama", {}, {"config": ABSENT}),
     "mistral": ("mistral", {"num_key_value_heads": 2, "sliding_window": None}, {}),
-    "mistral, absent keys": (
-        "mistral",
-        {"num_attention_heads": 16, "num_key_value_heads": 8, "hidden_size": 64},
-        {"config": ABSENT},
-    ),
-    "qwen2": ("qwen2", {"num_key_value_heads": 2, "rope_parameters": THETA}, {}),
+    "mistral, absent keys": ("mistral", MISTRAL, {"config": ABSENT}),
+    "qwen2": ("qwen2", PLAIN | {"num_key_value_heads": 2}, {}),
     "qwen2, tied": ("qwen2", {"num_key_value_heads": 4, "tie_word_embeddings": True}, {}),
-    "qwen2, absent keys": (
-        "qwen2",
-        {"num_attention_heads": 64, "num_key_value_heads": 32, "hidden_size": 128},
-        {"config": ABSENT},
-    ),
-    "qwen3": ("qwen3", {"num_key_value_heads": 2, "head_dim": 10, "rope_parameters": THETA}, {}),
+    "qwen2, absent keys": ("qwen2", QWEN2, {"config": ABSENT}),
+    "qwen3": ("qwen3", PLAIN | {"num_key_value_heads": 2, "head_dim": 10}, {}),
     "qwen3, biases, tied": ("qwen3", {"attention_bias": True, "tie_word_embeddings": True}, {}),
-    "qwen3, absent keys": (
-        "qwen3",
-        {"num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128},
-        {"config": ABSENT},
-    ),
+    "qwen3, absent keys": ("qwen3", QWEN3, {"config": ABSENT}),
     "gpt2": ("gpt2", {}, {"tensors": with_masks}),
     "gpt2, saved again": ("gpt2", {"n_inner": 100, "tie_word_embeddings": False}, {}),
 }
@@ -2537,17 +2525,6 @@ def test_a_folder_that_is_no_checkpoint_is_told_apart(tmp_path):
     refused(lambda: load_model(name), f"hf download {name} --local-dir bloom-560m")
 
 
-def as_bins(folder, count=1, **more):
-    """Its model.safetensors as that many .bin files. -> the tensors"""
-    tensors = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    for i in range(count):
-        part = dict([*tensors.items()][i::count])
-        name = f"pytorch_model-0000{i + 1}-of-0000{count}.bin" if count > 1 else "pytorch_model.bin"
-        torch.save(part | {new: part[old] for new, old in more.items()}, folder / name)
-    return tensors
-
-
 def run_convert(folder, **options):
     command = [sys.executable, Path(model.__file__), "convert", folder]
     return subprocess.run(command, capture_output=True, text=True, **options)
@@ -2557,7 +2534,10 @@ def test_bin_shards_convert_to_the_same_model(tmp_path):
     """Baichuan2-7B-Base is published as two .bin shards; loading must say how to convert them."""
     decoder = tiny_decoder("rotary")
     save_model(decoder, tmp_path)
-    as_bins(tmp_path, 2)
+    tensors = list(load_file(tmp_path / "model.safetensors").items())
+    (tmp_path / "model.safetensors").unlink()
+    for i in (0, 1):
+        torch.save(dict(tensors[i::2]), tmp_path / f"pytorch_model-0000{i + 1}-of-00002.bin")
     refused(lambda: load_model(tmp_path), f"python model.py convert {tmp_path}")
     done = run_convert(tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
@@ -2565,14 +2545,16 @@ def test_bin_shards_convert_to_the_same_model(tmp_path):
     assert all(torch.equal(p, again.get_parameter(name)) for name, p in decoder.named_parameters())
 
 
-def test_a_bin_file_with_a_tied_head_converts(tmp_path):
-    """safetensors refuses tensors that share memory."""
-    decoder = tiny_decoder("bloom")
-    save_model(decoder, tmp_path)
-    as_bins(tmp_path, **{"lm_head.weight": "word_embeddings.weight"})
-    model.convert(tmp_path)
-    assert torch.equal(load_model(tmp_path).embedding.weight, decoder.embedding.weight)
-    assert "lm_head.weight" in load_file(tmp_path / "model.safetensors")
+def test_views_of_one_memory_convert(tmp_path):
+    """safetensors refuses what overlaps, and a tied head; a name of a file that ASCII cannot print."""
+    whole = torch.arange(6.0)
+    views = {"a": whole[:4], "b": whole[2:], "c": whole.view(2, 3).T, "d": whole, "tied": whole}
+    torch.save(views, tmp_path / "pytorch_model-ü.bin")
+    done = run_convert(tmp_path, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stderr) == (0, "")
+    stored = load_file(tmp_path / "model-ü.safetensors")
+    assert stored.keys() == views.keys()
+    assert all(torch.equal(stored[name], view) for name, view in views.items())
 
 
 class Payload:
@@ -2641,18 +2623,6 @@ def test_converting_overwrites_nothing_and_writes_all_or_nothing(tmp_path):
     torch.save({"w": [1]}, tmp_path / "pytorch_model-2.bin")
     refused(lambda: model.convert(tmp_path), "pytorch_model-2.bin")
     assert not list(tmp_path.glob("*.safetensors*"))
-
-
-def test_views_of_one_memory_convert(tmp_path, capsys):
-    """safetensors refuses what overlaps."""
-    whole = torch.arange(6.0)
-    views = {"a": whole[:4], "b": whole[2:], "c": whole.view(2, 3).T}
-    torch.save(views, tmp_path / "pytorch_model-ü.bin")
-    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
-    done = run_convert(tmp_path, env=environment)
-    assert (done.returncode, done.stderr) == (0, "")
-    stored = load_file(tmp_path / "model-ü.safetensors")
-    assert all(torch.equal(stored[name], view) for name, view in views.items())
 
 
 MEASURE_LOADING = """
