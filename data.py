@@ -402,7 +402,8 @@ def byte_characters():
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    return [chr(byte if byte in printable else 256 + others.index(byte)) for byte in range(256)]
+    characters = {byte: chr(byte) for byte in printable}
+    return characters | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
 def steps_of(part, key):
@@ -471,7 +472,7 @@ class BPETokenizer:
             self.over_bytes = [step["type"] for step in steps][-1:] == ["ByteLevel"]
             self.symbols = [f"<0x{byte:02X}>" for byte in range(256)]
             if self.over_bytes:
-                self.symbols = byte_characters()
+                self.symbols = [symbol for _, symbol in sorted(byte_characters().items())]
             check_options(path, self, model, decoders, added)
             self.ignore_merges = model.get("ignore_merges")  # for a piece that is a token
             self.vocabulary = model["vocab"]  # token -> id
