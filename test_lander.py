@@ -2855,15 +2855,14 @@ def test_another_pipeline_is_refused_by_name(bloom_tokenizer, tmp_path, edits, c
     ],
 )
 def test_another_pipeline_over_marks_is_refused_by_name(
-    tokenizer_folders, tmp_path, edits, culprit, capsys
+    tokenizer_folders, tmp_path, edits, culprit
 ):
-    """Or a tokenizer.model beside it is read in its place, which is said."""
+    """Where a tokenizer.model lies beside it that is read, and the template counts."""
     folder = edited(tokenizer_folders["marks"], tmp_path, edits)
     refused(lambda: load_tokenizer(folder), "tokenizer.json", culprit)
     shutil.copy(tokenizer_folders["llama"] / "tokenizer.model", folder)
     ours = load_tokenizer(folder)
     assert ours.paths[0].name == "tokenizer.model" and ours.prompt_prefix == [1]
-    assert culprit in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("family", ["bloom", "baichuan", "llama", "Qwen2", "Llama-3"])
@@ -2986,7 +2985,7 @@ def test_a_folder_without_a_readable_tokenizer_is_named(tokenizer_folders, tmp_p
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
     for i, (name, content, culprit) in enumerate(
         [
-            ("nothing", b"", "no tokenizer.json and no tokenizer.model"),
+            ("nothing", b"", "tokenizer.model: cannot be read"),
             ("tokenizer.json", b"{", "tokenizer.json"),
             ("tokenizer.json", b"[]", "tokenizer.json"),
             ("tokenizer.json", pointer, "tokenizer.json: a Git LFS pointer; git lfs pull"),
