@@ -621,8 +621,11 @@ class SentencePieceTokenizer:
     def decode(self, ids):
         """List of ids -> str."""
         text = ""
-        for is_added, run in groupby(ids, self.added.__contains__):
-            text += "".join(map(self.added.get, run)) if is_added else self.model.decode([*run])
+        for is_piece, run in groupby(ids, range(self.model.get_piece_size()).__contains__):
+            if is_piece:
+                text += self.model.decode(list(run))
+            else:
+                text += "".join(self.added.get(id, "") for id in run)  # ids may have gaps
         return text
 
 
@@ -660,6 +663,7 @@ def load_tokenizer(folder):
     with reading(json_path):
         for token in files["tokenizer.json"].get("added_tokens", []):
             added[token["content"]] = token
+    added.pop("", None)
     try:
         tokenizer = SentencePieceTokenizer(path, added.values())
     except InputError:  # there is none, or it is tiktoken's
