@@ -21,7 +21,7 @@ import sys
 import unicodedata
 from collections.abc import Sequence
 from contextlib import contextmanager, suppress
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
 from heapq import heapify, heappop, heappush
 from itertools import chain, groupby, permutations
 from pathlib import Path
@@ -406,7 +406,8 @@ def byte_characters():
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    return [chr(byte if byte in printable else 256 + others.index(byte)) for byte in range(256)]
+    characters = {byte: chr(byte) for byte in printable}
+    return characters | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
 def steps_of(part, key):
@@ -467,7 +468,8 @@ class BPETokenizer:
             model, known = published["model"], partial(known_step, path)
             steps = steps_of(published["pre_tokenizer"], "pretokenizers")
             decoders = [step["type"] for step in steps_of(published["decoder"], "decoders")]
-            self.normalizers = [*map(known, steps_of(published.get("normalizer"), "normalizers"))]
+            normalizers = [*map(known, steps_of(published.get("normalizer"), "normalizers"))]
+            self.normalize = partial(reduce, lambda text, step: step(text), normalizers)
             self.splits = [*map(known, steps)]
             # Where a Metaspace puts "▁": "always" in front, at the "first" word, or "never".
             self.mark = next((s["prepend_scheme"] for s in steps if s["type"] == "Metaspace"), "")
@@ -475,7 +477,7 @@ class BPETokenizer:
             self.over_bytes = [step["type"] for step in steps][-1:] == ["ByteLevel"]
             self.symbols = [f"<0x{byte:02X}>" for byte in range(256)]
             if self.over_bytes:
-                self.symbols = byte_characters()
+                self.symbols = [symbol for _, symbol in sorted(byte_characters().items())]
             check_options(path, self, model, decoders, added)
             self.ignore_merges = model.get("ignore_merges")  # for a piece that is a token
             self.vocabulary = model["vocab"]  # token -> id
@@ -500,11 +502,6 @@ class BPETokenizer:
         self.bytes = {symbol: byte for byte, symbol in enumerate(self.symbols)}
         self.piece_ids = lru_cache(maxsize=1 << 18)(self.merge)  # words repeat: most are found here
 
-    def normalize(self, text):
-        for step in self.normalizers:
-            text = step(text)
-        return text
-
     def encode(self, text):
         """str -> list of ids. Added tokens in the text are matched literally, first of all."""
         ids = []
@@ -515,20 +512,17 @@ class BPETokenizer:
             for j, piece in enumerate(self.split_normalized(self.normalize(part))):
                 if j % 2:
                     ids.append(self.normalized[piece])
-                elif piece:
-                    ids += self.encode_between(piece, is_first=i == j == 0)
+                    continue
+                if self.mark:
+                    piece = piece.replace(" ", "▁")
+                is_marked = self.mark == "always" or (self.mark == "first" and i == j == 0)
+                if is_marked and piece and not piece.startswith("▁"):
+                    piece = "▁" + piece
+                pieces = [piece]
+                for split in self.splits:
+                    pieces = chain.from_iterable(map(split, pieces))
+                ids += chain.from_iterable(map(self.piece_ids, pieces))
         return ids
-
-    def encode_between(self, text, is_first):
-        """Text without added tokens -> list of ids. is_first: no token stands before it."""
-        if self.mark:
-            text = text.replace(" ", "▁")
-            if self.mark == "always" or (self.mark == "first" and is_first):
-                text = text if text.startswith("▁") else f"▁{text}"
-        pieces = [text]
-        for split in self.splits:
-            pieces = chain.from_iterable(map(split, pieces))
-        return [*chain.from_iterable(map(self.piece_ids, pieces))]
 
     def merge(self, piece):
         """Ids of one piece: merge the pair of lowest rank, the leftmost on ties, until none is left.
@@ -545,26 +539,24 @@ class BPETokenizer:
             return (self.vocabulary["".join(symbols)],)
         symbols = [c for c in symbols if c in self.vocabulary]  # `tokenizers` drops others, too
         after = list(range(1, len(symbols) + 1))
-        before = list(range(-1, len(symbols) - 1))
+        before = list(range(-1, len(symbols)))
         ranks = self.ranks
-        neighbours = enumerate(zip(symbols, symbols[1:]))
-        heap = [(ranks[pair], i) for i, pair in neighbours if pair in ranks]
+        heap = [(ranks[p], i) for i, p in enumerate(zip(symbols, symbols[1:])) if p in ranks]
         heapify(heap)
+        symbols.append(None)  # what stands after the last and before the first, number -1
         while heap:
             rank, i = heappop(heap)
             j = after[i]
-            if j == len(symbols) or ranks.get((symbols[i], symbols[j])) != rank:
+            if ranks.get((symbols[i], symbols[j])) != rank:
                 continue  # one of the two has been merged since
             symbols[i] += symbols[j]
             symbols[j] = None
             after[i] = after[j]
-            if after[j] < len(symbols):
-                before[after[j]] = i
+            before[after[j]] = i
             for left, right in ((before[i], i), (i, after[i])):
-                if left >= 0 and right < len(symbols):
-                    pair = symbols[left], symbols[right]
-                    if pair in ranks:
-                        heappush(heap, (ranks[pair], left))
+                pair = symbols[left], symbols[right]
+                if pair in ranks:
+                    heappush(heap, (ranks[pair], left))
         return tuple(self.vocabulary[symbol] for symbol in symbols if symbol is not None)
 
     def decode(self, ids):
@@ -633,8 +625,11 @@ class SentencePieceTokenizer:
     def decode(self, ids):
         """List of ids -> str."""
         text = ""
-        for is_added, run in groupby(ids, self.added.__contains__):
-            text += "".join(map(self.added.get, run)) if is_added else self.model.decode([*run])
+        for is_piece, run in groupby(ids, range(self.model.get_piece_size()).__contains__):
+            if is_piece:
+                text += self.model.decode(list(run))
+            else:
+                text += "".join(self.added.get(id, "") for id in run)  # ids may have gaps
         return text
 
 
@@ -651,7 +646,7 @@ LARGEST_ID = 2**24
 
 
 def load_tokenizer(folder):
-    """The tokenizer of a published checkpoint folder: tokenizer.json, or else tokenizer.model.
+    """The tokenizer of a published checkpoint folder: its tokenizer.model, or else tokenizer.json.
 
     -> .encode(str) -> list[int], .decode(list[int]) -> str, .bos_id, .eos_id, .pad_id, .vocab_size;
     .end_ids: all that end a text, eos_id first;
@@ -659,22 +654,29 @@ def load_tokenizer(folder):
     .target_prefix: the space between prompt and target, "" where encode adds it.
     .paths: the files that were read, the tokenizer's own first.
     """
-    path, model_path = Path(folder) / "tokenizer.json", Path(folder) / "tokenizer.model"
-    names = ["tokenizer.json", *NAMED, "added_tokens.json"]
+    path, json_path = Path(folder) / "tokenizer.model", Path(folder) / "tokenizer.json"
+    names = "tokenizer.json", "added_tokens.json", *NAMED
     paths = [path.with_name(name) for name in names if path.with_name(name).exists()]
-    files = {one.name: read_json(one) for one in paths}
-    added, tokenizer = added_tokens(path, files), None
-    if path.name in files:
-        try:
-            tokenizer = BPETokenizer(path, files[path.name], added)
-        except InputError as error:
-            if not model_path.exists():
-                raise
-            note(f"{error}; tokenizer.model is read instead")
-    elif not model_path.exists():
-        raise InputError(f"{folder}: no tokenizer.json and no tokenizer.model")
-    if tokenizer is None:
-        path, tokenizer = model_path, SentencePieceTokenizer(model_path, added)
+    files = dict.fromkeys(names, {}) | {one.name: read_json(one) for one in paths}
+    added = {}
+    with reading(f"{folder}: added tokens of added_tokens.json or tokenizer_config.json"):
+        for content, id in files["added_tokens.json"].items():
+            added[content] = {"content": content, "id": id}
+        for id, token in files["tokenizer_config.json"].get("added_tokens_decoder", {}).items():
+            added[token["content"]] = token | {"id": int(id)}
+    with reading(json_path):
+        for token in files["tokenizer.json"].get("added_tokens", []):
+            added[token["content"]] = token
+    added.pop("", None)
+    try:
+        tokenizer = SentencePieceTokenizer(path, added.values())
+    except InputError:  # there is none, or it is tiktoken's
+        if not json_path.exists():
+            raise
+        path, tokenizer = (
+            json_path,
+            BPETokenizer(json_path, files["tokenizer.json"], added.values()),
+        )
     tokenizer.paths = list(dict.fromkeys([path, *paths]))
     with reading(path):
         smallest, largest = min(tokenizer.tokens), max(tokenizer.tokens)
@@ -690,31 +692,18 @@ def load_tokenizer(folder):
     return tokenizer
 
 
-def added_tokens(path, files):
-    """What a folder adds to its vocabulary, in three files. -> [{id, content, flags}, ...]"""
-    tokens = {}
-    with reading(path.with_name("tokenizer_config.json")):
-        listed = files.get("tokenizer_config.json", {}).get("added_tokens_decoder", {})
-        for id, token in listed.items():
-            tokens[token["content"]] = {**token, "id": int(id)}
-    with reading(path.with_name("added_tokens.json")):
-        for content, id in files.get("added_tokens.json", {}).items():
-            tokens.setdefault(content, {"id": id, "content": content})
-    with reading(path):
-        for token in files.get(path.name, {"added_tokens": []})["added_tokens"]:
-            tokens[token["content"]] = token
-    return [token for content, token in tokens.items() if content]
-
-
 def frame(path, tokenizer, files):
     """Decide which tokens begin and end a text, from all that a folder says; as transformers 5 does.
 
-    The template of tokenizer.json alone says what stands in front; where that file is not,
+    The template of a tokenizer.json alone says what stands in front; where that file is not,
     add_bos_token does. What any file names as an end is one. Sets .prompt_prefix, .bos_id, .eos_id,
     .end_ids, .pad_id. InputError for what contradicts, and for keys that would change ids.
     """
-    config_path = path.with_name("tokenizer_config.json")
-    config = files.get(config_path.name, {})
+    config_path, json_path = (
+        path.with_name("tokenizer_config.json"),
+        path.with_name("tokenizer.json"),
+    )
+    config = files[config_path.name]
     for key in NOT_KNOWN:
         if config.get(key):
             raise InputError(f"{config_path}: {key} is {config[key]!r}, which is not known here")
@@ -722,12 +711,12 @@ def frame(path, tokenizer, files):
         raise InputError(f"{config_path}: add_prefix_space is not what {path.name} does")
     bos, eos, pad = (named_ids(kind, path, tokenizer, files) for kind in ("bos", "eos", "pad"))
     own_bos, own_eos, own_pad = ([id] if id >= 0 else [] for id in tokenizer.own_ids)
-    if "tokenizer.json" in files:
-        with reading(path.with_name("tokenizer.json")):
-            front = ids_in_front(path, files["tokenizer.json"].get("post_processor"))
-        bos = bos or front or own_bos
+    if files[json_path.name]:
+        with reading(json_path):
+            front = ids_in_front(json_path, files[json_path.name].get("post_processor"))
+        bos = [*bos, *front, *own_bos]
     else:
-        bos = bos or own_bos
+        bos = [*bos, *own_bos]
         adds_bos = config.get("add_bos_token")
         if adds_bos is None:
             adds_bos = config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast")
@@ -736,7 +725,7 @@ def frame(path, tokenizer, files):
         front = bos[:1] if adds_bos else []
     if front != bos[: len(front)] or not {*front} <= tokenizer.tokens.keys():
         raise InputError(f"{path}: {front} begins a text, but beginning-of-sentence is {bos[:1]}")
-    tokenizer.end_ids = list(dict.fromkeys(eos + own_eos))
+    tokenizer.end_ids = list(dict.fromkeys([*eos, *own_eos]))
     if not tokenizer.end_ids:
         raise InputError(f"{path}: no end-of-sentence token, nor in {', '.join(NAMED)}")
     tokenizer.prompt_prefix, tokenizer.bos_id = front, [*bos, -1][0]
@@ -747,12 +736,12 @@ def frame(path, tokenizer, files):
 def named_ids(kind, path, tokenizer, files):
     """Ids that a folder names as "bos", "eos" or "pad", first the one that counts."""
     names, ids = list(NAMED), []
-    if "added_tokens_decoder" in files.get("tokenizer_config.json", {}):
+    if "added_tokens_decoder" in files["tokenizer_config.json"]:
         names[:2] = names[1::-1]  # special_tokens_map.json is older then, as in transformers 5
     for name in names:
         key = NAMED[name].format(kind)
         with reading(path.with_name(name)):
-            value = files.get(name, {}).get(key)
+            value = files[name].get(key)
             value = value["content"] if isinstance(value, dict) else value
             for one in value if isinstance(value, list) else [value]:
                 id = one if key.endswith("_id") else tokenizer.ids.get(one)

@@ -12,6 +12,7 @@ prompts, batches; worked examples; real input.
 
 import contextlib
 import doctest
+import hashlib
 import itertools
 import json
 import math
@@ -3038,15 +3039,14 @@ def test_another_pipeline_is_refused_by_name(bloom_tokenizer, tmp_path, edits, c
     ],
 )
 def test_another_pipeline_over_marks_is_refused_by_name(
-    tokenizer_folders, tmp_path, edits, culprit, capsys
+    tokenizer_folders, tmp_path, edits, culprit
 ):
-    """Or a tokenizer.model beside it is read in its place, which is said."""
+    """Where a tokenizer.model lies beside it that is read, and the template counts."""
     folder = edited(tokenizer_folders["marks"], tmp_path, edits)
     refused(lambda: load_tokenizer(folder), "tokenizer.json", culprit)
     shutil.copy(tokenizer_folders["llama"] / "tokenizer.model", folder)
     ours = load_tokenizer(folder)
     assert ours.paths[0].name == "tokenizer.model" and ours.prompt_prefix == [1]
-    assert culprit in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("family", ["bloom", "baichuan", "llama", "Qwen2", "Llama-3"])
@@ -3098,6 +3098,72 @@ def test_special_ids_come_from_the_folders_files(
     assert {path.stem for path in ours.paths} >= {name for name in files if files[name]}
 
 
+def only(*eos, **more):
+    return {"eos_token_id": [*eos], **more}
+
+
+@pytest.mark.parametrize(
+    "family, files, expected",
+    [
+        ("bloom", {}, [2]),
+        ("bloom", {CONFIG: only(0, 2), "generation_config": only(3)}, [0, 2, 3]),
+        ("bloom", {TOKENS: {"eos_token": "<pad>"}, NAMES: {"eos_token": UNK}}, [0, 3, 2]),
+        (
+            "bloom",
+            {TOKENS: {"eos_token": "!", "added_tokens_decoder": {}}, NAMES: {"eos_token": UNK}},
+            ["!", 0, 2],
+        ),
+        ("llama", {"generation_config": only(2, 7), CONFIG: {"eos_token_id": 5}}, [5, 2, 7]),
+        (
+            "llama",
+            {TOKENS: {"eos_token": "<|e|>", "added_tokens_decoder": {"421": {"content": "<|e|>"}}}},
+            [421, 2],
+        ),
+        ("llama", {TOKENS: {"eos_token": "<|e|>"}, "added_tokens": {"<|e|>": 420}}, [420, 2]),
+        ("Llama-3", {CONFIG: only(1, 7), "generation_config": only(7, 8)}, [1, 7, 8]),
+    ],
+)
+def test_any_end_that_a_file_names_ends_a_text(
+    tokenizer_folders, tmp_path, family, files, expected
+):
+    """Chat models end a turn with another token than a text; it came out as text, and more did."""
+    ours = load_tokenizer(with_files(tokenizer_folders[family], tmp_path, **files))
+    expected = [id if isinstance(id, int) else ours.ids[id] for id in expected]
+    assert ours.end_ids == expected and ours.eos_id == expected[0]
+    assert ours.vocab_size > max(expected)
+    text = ours.decode(
+        [*ours.encode("a b"), ours.vocab_size - 2, ours.vocab_size - 1, ours.encode("c")[-1]]
+    )
+    assert text.startswith("a b") and text.endswith("c")
+
+
+@pytest.mark.parametrize("begins", [True, False])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_a_prompt_is_framed_as_in_transformers(tokenizer_folders, tmp_path, name, begins):
+    """Of a template and add_bos_token that differ, one counts; of two tokenizers, the template's."""
+    transformers = pytest.importorskip("transformers")
+    config = {"eos_token": "</s>", "bos_token": "<s>", "add_bos_token": not begins}
+    edits = {"post_processor": template("<s>", "A") if begins else template("A")}
+    files = {
+        TOKENS: config | {"tokenizer_class": "PreTrainedTokenizerFast"},
+        CONFIG: {"model_type": "llama"},
+    }
+    folder = edited(tokenizer_folders["marks"], tmp_path, edits, **files)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    if name == "tokenizer.model":
+        shutil.copy(tokenizer_folders["llama"] / name, folder)
+    ours = load_tokenizer(folder)
+    assert ours.paths[0].name == name
+    text = data.prompt_text("en-de", "the house")
+    assert render(ours, "en-de", "the house")[0] == theirs(text)["input_ids"]
+
+
+def test_a_tiktoken_file_beside_a_tokenizer_json_is_passed_over(bloom_tokenizer, tmp_path):
+    """Llama-3's folders hold both under these names."""
+    (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
+    assert load_tokenizer(with_files(bloom_tokenizer, tmp_path)).paths[0].name == "tokenizer.json"
+
+
 @pytest.mark.parametrize(
     "family, file, content, culprit",
     [
@@ -3111,6 +3177,14 @@ def test_special_ids_come_from_the_folders_files(
         ("bloom", CONFIG, {"eos_token_id": [True]}, "eos_token_id True"),
         ("llama", TOKENS, {"add_bos_token": "yes"}, "add_bos_token is 'yes'"),
         ("llama", TOKENS, [], ""),
+        ("llama", TOKENS, {"added_tokens_decoder": {"x": {}}}, "tokenizer_config.json"),
+        ("llama", "added_tokens", {"x": 2**24}, "16777216"),
+        ("llama", "added_tokens", [], "added_tokens.json"),
+        ("llama", "generation_config", {"eos_token_id": 420}, "eos_token_id 420"),
+        ("llama", TOKENS, {"add_prefix_space": False}, "add_prefix_space"),
+        ("bloom", TOKENS, {"add_prefix_space": True}, "add_prefix_space"),
+        ("bloom", TOKENS, {"split_special_tokens": True}, "split_special_tokens is True"),
+        ("llama", TOKENS, {"sp_model_kwargs": {"enable_sampling": True}}, "enable_sampling"),
         ("Qwen2", TOKENS, None, "no end-of-sentence token"),
         ("Llama-3", TOKENS, {"eos_token": "a", "bos_token": "b"}, "[0] begins a text"),
     ],
@@ -3166,10 +3240,10 @@ def test_a_folder_without_a_readable_tokenizer_is_named(tokenizer_folders, tmp_p
     """Among them a piece that is not UTF-8: sentencepiece loads it, and fails when it says it."""
     raw = (tokenizer_folders["baichuan"] / "tokenizer.model").read_bytes()
     assert raw.count(b"\xe2\x96\x81the") == 1
-    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    pointer = LFS_POINTER.encode()
     for i, (name, content, culprit) in enumerate(
         [
-            ("nothing", b"", "no tokenizer.json and no tokenizer.model"),
+            ("nothing", b"", "tokenizer.model: cannot be read"),
             ("tokenizer.json", b"{", "tokenizer.json"),
             ("tokenizer.json", b"[]", "tokenizer.json"),
             ("tokenizer.json", pointer, "tokenizer.json: a Git LFS pointer; git lfs pull"),
@@ -3201,6 +3275,7 @@ def in_json(source, target):
 
 
 MARK, ITEM = b"\xef\xbb\xbf", in_json("a", "A")
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 
 
 def test_the_four_forms_give_the_same_pairs(tmp_path):
@@ -3290,6 +3365,9 @@ def test_empty_sides_and_blank_lines_are_skipped_and_counted(tmp_path, capsys, f
             ["train.en: line 2 of 2", "UTF-8"],
         ),
         (dict(train_en=b"a\nb\n\xe4", train_de="A\nB\nC"), "en-de", ["train.en: line 3 of 3"]),
+        (dict(train_en="a\rb\r", train_de="A\nB\n"), "en-de", ["train.en", "old Macs"]),
+        (dict(train_en=LFS_POINTER, train_de=LFS_POINTER), "en-de", ["train.en", "git lfs pull"]),
+        (dict(train_en__de_tsv="a\tb\tc\n"), "en-de", ["tsv: line 1 of 1", "3 tab-separated"]),
         (dict(train_en="a\n"), "en-de", ["no train text for en-de", "one side, but no train.de"]),
         (dict(train_en__de_en="a\n"), "de-en", ["one side, but no train.en-de.de"]),
         (dict(train_en="a\n", train_fr="b\n"), "en-de", ["pairs found: en-fr, fr-en"]),
@@ -3301,6 +3379,8 @@ def test_empty_sides_and_blank_lines_are_skipped_and_counted(tmp_path, capsys, f
         (dict(train_en="a\n", train_xx="b\n"), "en-xx", ["'xx'", "--language CODE=NAME"]),
         ({}, "ende", ["'ende'", "en-de"]),
         ({}, "en-en", ["'en-en'"]),
+        ({}, "en-eng_Latn", ["'en-eng_Latn'"]),
+        ({}, "en-pt-br", ["'br'", "--language"]),
         ({}, "en-de", ["no train text"]),
     ],
 )
@@ -3308,6 +3388,77 @@ def test_bad_text_ends_in_one_line(tmp_path, files, pair, culprits):
     write(tmp_path, **files)
     refused(lambda: read_parallel(tmp_path, "train", pair), *culprits)
     refused(lambda: read_parallel(tmp_path / "nowhere", "train", "en-de"), "nowhere: no train text")
+
+
+@pytest.mark.parametrize(
+    "pair, names, tokenizer",
+    [
+        ("en-de", ["English", "German"], "13a"),
+        ("eng_Latn-zho_Hans", ["English", "Chinese"], "zh"),
+        ("en-zh-CN", ["English", "Chinese"], "zh"),
+        ("zh-Hant-yue", ["Traditional Chinese", "Cantonese"], "zh"),
+        ("zho_Hans-zho_Hant", ["Chinese", "Traditional Chinese"], "zh"),
+        ("pt-BR-pt-PT", ["Brazilian Portuguese", "Portuguese"], "13a"),
+        ("deu-jpn_Jpan", ["German", "Japanese"], "ja-mecab"),
+        ("fr-kor", ["French", "Korean"], "ko-mecab"),
+        ("sr-Latn-sr", ["Serbian in Latin script", "Serbian"], "13a"),
+        ("en-tha_Thai", ["English", "Thai"], "char"),
+        ("en-my", ["English", "Burmese"], "char"),
+        ("xx-en", ["Xeno", "English"], "13a"),
+        ("en-xx_Cyrl", ["English", "Xeno"], "13a"),
+    ],
+)
+def test_languages_by_any_of_their_codes(tmp_path, pair, names, tokenizer):
+    """BLEU of Chinese by words of whole sentences; a pair of three parts; files that are not found."""
+    more = data.read_languages("xx=Xeno")
+    codes = data.split_pair(pair, more)
+    assert "-".join(codes) == pair
+    assert [data.language_name(code, more) for code in codes] == names
+    assert data.bleu_tokenizer(codes[1], more) == tokenizer
+    assert f" from {names[0]} to {names[1]}:\n" in data.prompt_text(pair, "a", more)
+    for path in (f"two.{codes[0]}", f"two.{codes[1]}", f"tab.{pair}.tsv"):
+        (tmp_path / path).write_text("a\tb\n")
+    for split in ("two", "tab"):
+        assert list_pairs(tmp_path, split, more) == sorted([pair, "-".join(codes[::-1])])
+        assert len(read_parallel(tmp_path, split, pair, more)) == 1
+    assert "xx" not in data.LANGUAGES
+
+
+@pytest.mark.parametrize("text", ["", "de", "=German", "de=", "de=Ger\nman", "a=A,,b=B"])
+def test_a_language_without_code_or_name_is_refused(text):
+    refused(lambda: data.read_languages(text), "de=German")
+
+
+@pytest.mark.parametrize(
+    "text, pairs, said",
+    [
+        ('a "b"\tA\n', [('a "b"', "A")], ""),
+        (
+            '"a, ""b"""\tA\n"c ""d"""\t"D ""E"" F"\n',
+            [('a, "b"', "A"), ('c "d"', 'D "E" F')],
+            "quotes",
+        ),
+        ('"a ""b"""\tA\nc "d"\tD\n', [('"a ""b"""', "A"), ('c "d"', "D")], ""),
+        ('"a"\t"A"\n', [('"a"', '"A"')], ""),
+        ("a\tA\t1.07\t-2e-3\nb\tB\t.5\t3\n", [("a", "A"), ("b", "B")], "numbers"),
+        ("1\t2\n", [("1", "2")], ""),
+    ],
+)
+def test_columns_as_others_write_them(tmp_path, capsys, text, pairs, said):
+    """Quotes of a spreadsheet as text to learn; a score as a reason to refuse."""
+    write(tmp_path, train_en__de_tsv=text)
+    assert read_parallel(tmp_path, "train", "en-de") == pairs
+    err = capsys.readouterr().err
+    assert said in err and bool(err) == bool(said)
+
+
+def test_a_line_is_one_line_for_every_reader(tmp_path):
+    """comet-score got 13 references for 12 hypotheses."""
+    lines = ["a\rb", "c\r", "\u2028d\x85e\x0cf\x1cg", "", "h\r\ni"]
+    data.write_lines(tmp_path / "text", lines)
+    raw = (tmp_path / "text").read_bytes().decode()
+    assert raw == "a b\nc\n d e f g\n\nh i\n"
+    assert len(raw.splitlines()) == len(open(tmp_path / "text").readlines()) == len(lines)
 
 
 def test_rendered_prompt_and_target():
@@ -3342,6 +3493,84 @@ def test_batches_hold_every_example_once_and_keep_to_size():
     assert ids(1) == ids(1) != ids(2)
     (long,) = make_batches([([4] * 100, [])], 3, tokens_per_batch=64)
     assert long.ids.shape == (1, 100)
+
+
+def test_sisters_have_other_fingerprints(tmp_path):
+    """bloom and bloomz: the same names, shapes and sizes."""
+    tensors = {f"layer.{i}": torch.full((100, 100), float(i)) for i in range(5)}
+    paths = [tmp_path / f"{i}.safetensors" for i in range(3)]
+    data.write_tensors(paths[0], tensors)
+    data.write_tensors(paths[1], tensors)
+    data.write_tensors(paths[2], tensors | {"layer.3": torch.full((100, 100), 3.5)})
+    first, same, sister = map(data.fingerprint, paths)
+    assert first == same != sister
+    (tmp_path / "a.json").write_text("{}")
+    assert data.fingerprint(tmp_path / "a.json") == hashlib.sha256(b"{}").hexdigest()
+    for damaged in (b"", b"\0" * 8, b"\xff" * 99, (10**9).to_bytes(8, "little") + b"{}"):
+        paths[0].write_bytes(damaged)
+        refused(lambda: data.fingerprint(paths[0]), "0.safetensors")
+
+
+def test_a_lock_follows_no_link_and_removes_nothing_of_others(tmp_path):
+    """A foreign run's lock that leads to a file of mine emptied it; temporary files of others went."""
+    run, mine = tmp_path / "run", tmp_path / "mine"
+    run.mkdir()
+    mine.mkdir()
+    (mine / "keys").write_text("precious")
+    for name, target in (("lock", mine / "keys"), ("lock", mine / "no"), ("hypotheses", mine)):
+        (run / name).symlink_to(target)
+        refused(lambda: data.locked(run).__enter__(), f"run/{name}", "link")
+        (run / name).unlink()
+    os.mkfifo(run / "lock")
+    refused(lambda: data.locked(run).__enter__(), "run/lock")
+    (run / "lock").unlink()
+    assert (mine / "keys").read_text() == "precious" and not (mine / "no").exists()
+    left_over = run / "x.json.half-written", run / ".tmpAbCdE1", run / ".tmpbackup"
+    for path in left_over[:2]:
+        path.write_text("")
+    left_over[2].mkdir()
+    (run / "link.half-written").symlink_to(mine / "keys")
+    with data.locked(run):
+        assert all(path.exists() for path in left_over)  # no run wrote these
+    (run / "args.json").write_text("{}")
+    with data.locked(run):
+        assert [path.exists() for path in left_over] == [False, False, True]
+        assert (run / "link.half-written").is_symlink()
+    with data.locked(tmp_path / "new"):
+        assert (tmp_path / "new/lock").read_text().startswith(f"process {os.getpid()} on ")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_lock_that_cannot_be_had(tmp_path, monkeypatch, capsys):
+    """A lock file that was removed and made again: two held it. A file system without locks."""
+    with data.locked(tmp_path):
+        (tmp_path / "lock").rename(tmp_path / "another")
+        with data.locked(tmp_path):
+            refused(lambda: data.locked(tmp_path).__enter__(), "in use by process")
+    stat = os.stat
+    other = stat(tmp_path / "another")
+    monkeypatch.setattr(os, "stat", lambda path, **how: other)
+    refused(lambda: data.locked(tmp_path).__enter__(), "in use by")
+    monkeypatch.setattr(os, "stat", stat)
+    failing = data.portalocker.LockException(OSError(95, "Operation not supported"))
+    monkeypatch.setattr(data.portalocker, "lock", lambda *_: (_ for _ in ()).throw(failing))
+    with data.locked(tmp_path):
+        assert capsys.readouterr().err.startswith(f"{tmp_path}: no locks here")
+
+
+def test_what_is_said_steers_no_terminal(capsys):
+    """A foreign file's name or content set the window's title, or took a second line."""
+    data.note("a\x1b]0;title\x07\nb\x9b2J\u202ec ä")
+    assert capsys.readouterr().err == "a\\x1b]0;title\\x07\\nb\\x9b2J\\u202ec ä\n"
+
+
+def test_an_older_python_is_named_at_once():
+    """torch installs on Python 3.10, where a run ended after minutes in a traceback."""
+    code = "import sys; sys.version_info = (3, 10, 13, 'final', 0); import data"
+    folder = Path(data.__file__).parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: Python 3.11 or newer is needed")
+    assert done.stderr.count("\n") == 1
 
 
 # --------------------------------------------------------------------------------------------------
