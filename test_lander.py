@@ -2639,6 +2639,9 @@ def test_converting_overwrites_nothing_and_writes_all_or_nothing(tmp_path):
     refused(lambda: model.convert(tmp_path), str(tmp_path / "model.safetensors"), "already")
     assert (tmp_path / "model.safetensors").read_bytes() == before
     (tmp_path / "model.safetensors").unlink()
+    (tmp_path / INDEX).write_text("{}")
+    refused(lambda: model.convert(tmp_path), INDEX, "already")
+    (tmp_path / INDEX).unlink()
     torch.save({"w": [1]}, tmp_path / "pytorch_model-2.bin")
     refused(lambda: model.convert(tmp_path), "pytorch_model-2.bin")
     assert not list(tmp_path.glob("*.safetensors*"))
