@@ -117,12 +117,13 @@ def activation_means(model, batches):
 
     batches: Batch of prompts, without targets; padding does not count. -> [L] fp32
     """
-    total, prompts = 0.0, 0
+    total = torch.zeros(model.config.layers).double()  # on the CPU: some devices have no 64 bits
+    prompts = 0
     for batch in batches:
         ids, mask, _ = to_device(batch, model)
         outputs = [x.float().mean(-1) for x in model.block_outputs(ids, mask)]  # L of [B, T]
         means = (torch.stack(outputs) * mask).sum(-1) / mask.sum(-1)  # [L, B]
-        total += means.cpu().double().sum(1)  # [L], on the CPU: not every device has 64 bits
+        total += means.cpu().double().sum(1)  # [L]
         prompts += len(ids)
     return (add_up(total) / add_up(prompts)).float()
 
@@ -209,8 +210,9 @@ def neuron_awareness(model, batches, layers, reader="ffn.down"):
     The loss is the sum over target tokens, so that a sentence's scores do not depend on its batch.
     One forward and backward pass a batch scores all layers. -> [len(layers), F] fp32
     """
+    width = model.blocks[layers[0]].get_submodule(reader).in_features
     # In 64 bits, so that the sum does not depend on the order in which processes add up.
-    total = [0.0] * len(layers)  # of [F]
+    total = torch.zeros(len(layers), width).double()
     tokens = 0
     with recording(model, layers, reader) as h:
         for batch in batches:
@@ -219,9 +221,9 @@ def neuron_awareness(model, batches, layers, reader="ffn.down"):
             for k, (layer, gradient) in enumerate(zip(layers, gradients)):
                 effect = h[layer].detach() * gradient.float()  # [B, T, F], zero where T is padding
                 # The sum of |effect| over sentences and tokens, without a second [B, T, F].
-                total[k] += torch.linalg.vector_norm(effect, 1, (0, 1)).cpu().double()
+                total[k] += torch.linalg.vector_norm(effect, 1, (0, 1)).cpu()
             tokens += int(batch.mask.sum())
-    return (add_up(torch.stack(total)) / add_up(tokens)).float()
+    return (add_up(total) / add_up(tokens)).float()
 
 
 # --------------------------------------------------------------------------------------------------
