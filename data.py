@@ -46,19 +46,19 @@ from safetensors.torch import save_file
 PROMPT = "Translate this from {source} to {target}:\n{source}: {text}\n{target}:"
 
 
-def prompt_text(pair, source, languages=None):
+def prompt_text(pair, source):
     """The one prompt, of training and evaluation. "en-de", "A house." -> "Translate this from ..." """
-    first, second = (language_name(code, languages) for code in split_pair(pair, languages))
+    first, second = (language_name(code) for code in split_pair(pair))
     return PROMPT.format(source=first, target=second, text=source)
 
 
-def render(tokenizer, pair, source, target=None, languages=None):
+def render(tokenizer, pair, source, target=None):
     """A translation example: (prompt ids, target ids). The target's end in eos; [] for None.
 
     Prompt and target are tokenized apart and joined, in training as in generation, so that no
     merge crosses the boundary. That is what the joined text gives, where a tokenizer splits there.
     """
-    prompt_ids = [*tokenizer.prompt_prefix, *tokenizer.encode(prompt_text(pair, source, languages))]
+    prompt_ids = [*tokenizer.prompt_prefix, *tokenizer.encode(prompt_text(pair, source))]
     if target is None:
         return prompt_ids, []
     target_ids = tokenizer.encode(f"{tokenizer.target_prefix}{target}")
@@ -178,35 +178,39 @@ def read_languages(text):
 LANGUAGES = read_languages(",".join(LANGUAGES_BY_TOKENIZER.values()))
 
 
-def language_name(code, languages=None):
-    """ "de", "deu", "de-AT" or "deu_Latn" -> "German"; "" for no code that is known.
+def name_languages(text):
+    """Add to LANGUAGES what --language names, before anything is read. "" or "xx=Name, ..." """
+    if text:
+        LANGUAGES.update(read_languages(text))
 
-    languages: {code: name} beside LANGUAGES
-    """
-    known = {**LANGUAGES, **languages} if languages else LANGUAGES
+
+def language_name(code):
+    """ "de", "deu", "de-AT" or "deu_Latn" -> "German"; "" for no code that is known."""
     base, *others = re.split("[-_]", code)
-    if code not in known and not re.fullmatch("([A-Z][a-z]{3})?([A-Z]{2})?", "".join(others)):
+    if code not in LANGUAGES and not re.fullmatch("([A-Z][a-z]{3})?([A-Z]{2})?", "".join(others)):
         return ""  # what follows is no script and no region
-    return known.get(code) or known.get("-".join([base, *others])) or known.get(base, "")
+    return (
+        LANGUAGES.get(code) or LANGUAGES.get("-".join([base, *others])) or LANGUAGES.get(base, "")
+    )
 
 
-def bleu_tokenizer(code, languages=None):
+def bleu_tokenizer(code):
     """What sacreBLEU splits a target language by. "zho_Hans" -> "zh", "de" -> "13a" """
-    name = language_name(code, languages)
+    name = language_name(code)
     for tokenizer, text in LANGUAGES_BY_TOKENIZER.items():
         if name in read_languages(text).values():
             return tokenizer
     return "13a"
 
 
-def split_pair(pair, languages=None):
+def split_pair(pair):
     """ "en-de" -> ("en", "de"), "en-pt-BR" -> ("en", "pt-BR"). InputError for unknown languages."""
     for hyphen in re.finditer("-", pair):
         codes = pair[: hyphen.start()], pair[hyphen.end() :]
-        first, second = (language_name(code, languages) for code in codes)
+        first, second = (language_name(code) for code in codes)
         if first and second and first != second:
             return codes
-    unknown = [code for code in pair.split("-") if not language_name(code, languages)]
+    unknown = [code for code in pair.split("-") if not language_name(code)]
     if "-" in pair and unknown:
         raise InputError(f"pair {pair!r}: no language {unknown[0]!r}; add --language CODE=NAME")
     raise InputError(f"pair {pair!r}: expected two language codes, source first, as in en-de")
@@ -322,7 +326,7 @@ def candidates(folder, split, source, target):
     yield [Path(f"{folder}/{split}.{source}"), Path(f"{folder}/{split}.{target}")], read_two_files
 
 
-def open_parallel(folder, split, pair, languages=None):
+def open_parallel(folder, split, pair):
     """Sentence pairs of one direction, decoded when asked for. -> ParallelText
 
     Reads {split}.{pair}.{lang}, .tsv (columns in the pair's order) or .json (ALMA's), in either
@@ -330,14 +334,14 @@ def open_parallel(folder, split, pair, languages=None):
     skipped and counted. Files of one language each take 24 bytes a pair; others are read as a whole.
     """
     halves = ""
-    for paths, read in candidates(folder, split, *split_pair(pair, languages)):
+    for paths, read in candidates(folder, split, *split_pair(pair)):
         missing = [path.name for path in paths if not path.exists()]
         if not missing:
             break
         if len(missing) < len(paths):
             halves += f"; there is one side, but no {missing[0]}"
     else:
-        found = ", ".join(list_pairs(folder, split, languages)) or "none"
+        found = ", ".join(list_pairs(folder, split)) or "none"
         raise InputError(f"{folder}: no {split} text for {pair}{halves}; pairs found: {found}")
     sources, targets = read(*paths)
     kept = []
@@ -350,20 +354,20 @@ def open_parallel(folder, split, pair, languages=None):
     return ParallelText((sources, targets), np.array(kept, np.int64), paths)
 
 
-def read_parallel(folder, split, pair, languages=None):
+def read_parallel(folder, split, pair):
     """All that open_parallel gives, [(source, target), ...]."""
-    return list(open_parallel(folder, split, pair, languages))
+    return list(open_parallel(folder, split, pair))
 
 
-def list_pairs(folder, split, languages=None):
+def list_pairs(folder, split):
     """The directions a split offers, sorted: ["de-en", "en-de"]; of languages that are known."""
     codes = set()
     for path in Path(folder).glob(f"{split}.*"):
         name = path.name.removeprefix(f"{split}.").split(".")[0]  # of a language or a pair
-        if language_name(name, languages):
+        if language_name(name):
             codes.add(name)
         with suppress(InputError):
-            codes.update(split_pair(name, languages))
+            codes.update(split_pair(name))
     pairs = []
     for source, target in permutations(sorted(codes), 2):
         forms = candidates(folder, split, source, target)

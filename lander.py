@@ -92,10 +92,10 @@ from torch import distributed, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from data import InputError, exit_status, fingerprint, first_line, group_by_length, has_line_break
-from data import line_ends, list_pairs, load_tokenizer, locked, make_batch, make_batches
-from data import open_parallel, read_json, read_lines, read_tensors, reading, render, split_pair
-from data import write_json, write_lines, write_tensors
+from data import InputError, bleu_tokenizer, exit_status, fingerprint, first_line, group_by_length
+from data import has_line_break, line_ends, list_pairs, load_tokenizer, locked, make_batch
+from data import make_batches, name_languages, note, open_parallel, read_json, read_lines
+from data import read_tensors, reading, render, split_pair, write_json, write_lines, write_tensors
 from model import FFN, Config, checkpoint_files, load_model, save_model
 
 
@@ -514,67 +514,73 @@ def validation_loss(model, pair, batches):
 # Why for other pairs too: a gain says nothing without what was forgotten for it.
 
 
+LINES_AT_A_TIME = 1000  # sorted by length; their translations come in order
 LEAST_NEW_TOKENS = 64
 NEW_TOKENS = 3  # for each token of the prompt; more where a pair's targets take more (read_inputs)
 ROWS_AT_ONCE = 512  # of more, padding costs more than it saves to read the weights less often
 
 
-def translate_lines(
-    model, tokenizer, pair, sources, progress, beams=1, cache_gb=2.0, new_tokens=NEW_TOKENS
-):
-    """Translate sentences, those of like length together.
+def translate_lines(model, tokenizer, pair, sources, decoding, label, new_tokens=NEW_TOKENS):
+    """Translate sentences, [(number, sentence), ...]. Yields (number, line, cut), in their order.
 
     A translation ends at end-of-sentence, at the first line break after its first visible character,
     or at new_tokens times its own prompt's length or LEAST_NEW_TOKENS; cut says that it came to that:
     it is a loop, as a rule. An empty source, or one too long for the model, is an empty line.
-    sources: number -> sentence; progress.add is told how many are done. -> number -> (line, cut)
+    decoding: .beams, 1 for greedy, and .cache_gb, the memory for keys and values (Settings has both)
     """
     route(model, pair)
-    prompts = {}
-    for number, source in sources.items():
-        prompt, _ = render(tokenizer, pair, source)
-        if len(prompt) > model.config.max_length:
-            made_for = f"the model was made for {model.config.max_length}"
-            note(f"{pair}: line {number + 1}: {len(prompt)} tokens, {made_for}; left empty")
-        elif source.strip():
-            prompts[number] = prompt
-    progress.add(len(sources) - len(prompts))
-    translations = dict.fromkeys(sources, ("", False))
-    numbers = list(prompts)
-    limits = [max(int(new_tokens * len(p)), LEAST_NEW_TOKENS) for p in prompts.values()]
-    lengths = [len(prompts[number]) + limit for number, limit in zip(numbers, limits)]
-    room = cache_gb * 1e9 / (model.cache_bytes() * beams)  # tokens
+    progress = Progress(label, len(sources), "sentences")
+    room = decoding.cache_gb * 1e9 / (model.cache_bytes() * decoding.beams)  # tokens
     emitted = {"vocab_size": tokenizer.vocab_size, "line_ends": line_ends(tokenizer)}
-    for group in group_by_length(lengths, room, ROWS_AT_ONCE // beams):
-        batch = make_batch([(prompts[numbers[i]], []) for i in group], tokenizer.pad_id)
-        ids, mask, _ = to_device(batch, model)
-        longest = [limits[i] for i in group]
-        new_ids = model.generate(ids, mask, longest, tokenizer.eos_id, beams=beams, **emitted)
-        for i, new in zip(group, new_ids):
-            text = tokenizer.decode(new)
-            cut = len(new) == limits[i] and not has_line_break(text.lstrip())
-            translations[numbers[i]] = first_line(text), cut
-        progress.add(len(group))
-    return translations
+    for first in range(0, len(sources), LINES_AT_A_TIME):
+        lines, prompts = sources[first : first + LINES_AT_A_TIME], {}
+        for number, source in lines:
+            prompt, _ = render(tokenizer, pair, source)
+            if len(prompt) > model.config.max_length:
+                made_for = f"the model was made for {model.config.max_length}"
+                note(f"{pair}: line {number + 1}: {len(prompt)} tokens, {made_for}; left empty")
+            elif source.strip():
+                prompts[number] = prompt
+        progress.add(len(lines) - len(prompts))
+        numbers, found = list(prompts), {}
+        limits = [max(new_tokens * len(prompts[n]), LEAST_NEW_TOKENS) for n in numbers]
+        lengths = [len(prompts[n]) + limit for n, limit in zip(numbers, limits)]
+        for group in group_by_length(lengths, room, ROWS_AT_ONCE // decoding.beams):
+            batch = make_batch([(prompts[numbers[i]], []) for i in group], tokenizer.pad_id)
+            ids, mask, _ = to_device(batch, model)
+            continuations = model.generate(
+                ids, mask, [limits[i] for i in group], tokenizer.end_ids, decoding.beams, **emitted
+            )
+            for i, new in zip(group, continuations):
+                text = tokenizer.decode(new)
+                cut = len(new) == limits[i] and not has_line_break(text.lstrip())
+                found[numbers[i]] = first_line(text), cut
+            progress.add(len(group))
+        for number, _ in lines:
+            line, cut = found.get(number, ("", False))
+            yield number, line, cut
 
 
 def make_metrics(pair):
     """sacreBLEU's metrics; BLEU's tokenizer follows the target language (zh, ja-mecab, 13a, ...)."""
     try:
-        return {"bleu": BLEU(trg_lang=split_pair(pair)[1]), "chrf": CHRF()}
+        return {"bleu": BLEU(tokenize=bleu_tokenizer(split_pair(pair)[1])), "chrf": CHRF()}
     except (ImportError, RuntimeError) as error:
         raise InputError(f"{pair}: no BLEU tokenizer ({str(error).splitlines()[0]})") from None
 
 
-def evaluate(model, tokenizer, pair, text, progress, **options):
+def evaluate(model, tokenizer, pair, text, decoding, new_tokens=NEW_TOKENS):
     """Translate text, [(source, target), ...], and score it. -> hypotheses, scores
-
-    options: of translate_lines.
 
     scores: {"bleu": ..., "chrf": ..., their signatures, "cut": how many ran to their limit}
     """
-    sources = dict(of_this_process(enumerate(source for source, _ in text)))
-    translations = gather(translate_lines(model, tokenizer, pair, sources, progress, **options))
+    sources = list(of_this_process(enumerate(source for source, _ in text)))
+    label, found = f"translating {pair}", {}
+    for number, line, cut in translate_lines(
+        model, tokenizer, pair, sources, decoding, label, new_tokens
+    ):
+        found[number] = line, cut
+    translations = gather(found)
     hypotheses = [translations[number][0] for number in range(len(text))]
     references = [target for _, target in text]
     scores = {}
@@ -702,6 +708,7 @@ class Settings:
     cache_gb: float = option(2.0, "GB for the keys and values of a batch of translations")
     device: str = option("", "cpu, cuda, cuda:1, ...; none: cuda where there is one")
     dtype: str = option("", "float32 or bfloat16; none: float32 on the cpu, bfloat16 elsewhere")
+    language: str = option("", "names for other languages: xx=Name,yy=Other Name")
     seed: int = option(0, "of shuffling and sampling")
     no_routing: bool = option(False, "train the same neurons without CAR")
     resume: bool = option(False, "go on with an interrupted run")
@@ -790,11 +797,6 @@ def say(line=""):
     """Print a line, wrapped to 80 columns."""
     wrapped = textwrap.fill(line, 80, subsequent_indent="   ", break_long_words=False)
     print(wrapped, flush=True)
-
-
-def note(line):
-    """Print a line on stderr, with what could steer a terminal spelled out."""
-    print("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line), file=sys.stderr)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1220,11 +1222,8 @@ def evaluate_all(model, tokenizer, test, new_tokens, when, settings, folder):
     for pair, text in test.items():
         if when in results.setdefault(pair, {}):
             continue
-        here = math.ceil(len(text) / process_count())
-        progress = Progress(f"translating {pair}", here, "sentences")
-        options = {"beams": settings.beams, "cache_gb": settings.cache_gb}
-        options["new_tokens"] = new_tokens.get(pair, NEW_TOKENS)
-        hypotheses, scores = evaluate(model, tokenizer, pair, text, progress, **options)
+        limit = new_tokens.get(pair, NEW_TOKENS)
+        hypotheses, scores = evaluate(model, tokenizer, pair, text, settings, limit)
         results[pair][when] = scores
         write(folder / "hypotheses" / f"{pair}.{when}.txt", hypotheses)
         write(path, results)
@@ -1360,7 +1359,13 @@ def read_groups(path, config):
     return groups
 
 
-TAKEN_OVER = "weights", "dtype", "beams", "no_routing"  # from the run, where they are not given
+TAKEN_OVER = (
+    "weights",
+    "dtype",
+    "beams",
+    "no_routing",
+    "language",
+)  # from the run, where they are not given
 WITH_TUNED = {*TAKEN_OVER, "pair", "device", "cache_gb", "translate", "tuned", "export"}
 
 
@@ -1398,35 +1403,20 @@ def load_tuned(settings):
     return model, tokenizer, learners
 
 
-LINES_AT_A_TIME = 1000  # sorted by length; their translations come in order
-
-
 def translate(settings):
     """Translate lines with a finished run, to stdout: one line out for each line in."""
     split_pair(settings.pair)
-    lines = read_lines("/dev/stdin" if settings.translate == "-" else settings.translate)
+    sources = list(enumerate(read_lines(0 if settings.translate == "-" else settings.translate)))
     model, tokenizer, learners = load_tuned(settings)
     if settings.pair not in learners:
         note(f"{settings.pair} was not tuned in {settings.tuned}: general neurons, no routing")
     limit = read_args(Path(settings.tuned))["new_tokens"].get(settings.pair, NEW_TOKENS)
-    progress, cut = Progress("translating", len(lines), "lines"), 0
-    for first in range(0, len(lines), LINES_AT_A_TIME):
-        sources = dict(enumerate(lines[first : first + LINES_AT_A_TIME], first))
-        translations = translate_lines(
-            model,
-            tokenizer,
-            settings.pair,
-            sources,
-            progress,
-            settings.beams,
-            settings.cache_gb,
-            limit,
-        )
-        for line, was_cut in translations.values():
-            print(line, flush=True)
-            cut += was_cut
+    rest, cut = (settings, "translating", limit), 0
+    for _, line, was_cut in translate_lines(model, tokenizer, settings.pair, sources, *rest):
+        print(line, flush=True)
+        cut += was_cut
     if cut:
-        note(f"{cut} of {len(lines)} ran to their limit, as a loop does")
+        note(f"{cut} of {len(sources)} ran to their limit, as a loop does")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1473,6 +1463,7 @@ def main(argv=None):
             if settings.tuned:
                 settings = settings_of_run(given)
             torch.manual_seed(settings.seed)
+            name_languages(settings.language)
             if process_count() > 1 and (settings.tuned or not settings.weights):
                 raise InputError("torchrun is for tuning a checkpoint; run this one without")
             if settings.tuned:

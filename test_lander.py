@@ -1010,6 +1010,27 @@ def test_scoring_takes_a_sample_of_the_seed(world, here):
     assert first[0] == first[1] != first[2] and begin not in first
 
 
+def test_a_language_can_be_named(world, here, capsys):
+    """A file to edit for each language that the table has not; a name that is lost on the way."""
+    shutil.copytree(world / "data", "data")
+    for path in Path("data").glob("*.qab"):
+        path.rename(path.with_suffix(".xx"))
+    words = "--data data --score-pairs qaa-xx,xx-qaa --steps 1 --language xx=Xish"
+    assert "no language 'xx'; add --language" in error_of(
+        capsys, arguments(world, words.removesuffix(" --language xx=Xish"), pair="qaa-xx")
+    )
+    prompts, prompt_text = [], data.prompt_text
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "LANGUAGES", dict(data.LANGUAGES))
+        patch.setattr(
+            data, "prompt_text", lambda *a: prompts.append(prompt_text(*a)) or prompts[-1]
+        )
+        assert lander.main(arguments(world, words, pair="qaa-xx")) == 0
+        assert prompts[0].startswith("Translate this from Avari to Xish:")
+        patch.setattr(data, "LANGUAGES", {"qaa": "Avari"})
+        assert lander.main("--tuned run --translate /dev/null --pair qaa-xx".split()) == 0
+
+
 def test_limits_grow_with_what_a_script_takes(here, capsys):
     """Burmese takes ten of BLOOM's tokens where English takes one: skipped in training, cut in translation."""
     short, long, longest = "ab cd ef\n" * 20, "abcdefgh" * 99 + "\n", "abcdefgh" * 999 + "\n"
@@ -1429,19 +1450,18 @@ def test_a_device_that_is_not_the_cpu(world, here, dtype):
 class Bytes:
     """A tokenizer of one id a byte."""
 
-    eos_id, pad_id, vocab_size = 0, 1, 128
+    eos_id, end_ids, pad_id, vocab_size = 0, [0], 1, 128
     prompt_prefix, target_prefix = [], " "
     encode = staticmethod(lambda text: list(text.encode("ascii", "replace")))
     decode = staticmethod(lambda ids: bytes(ids).decode("latin-1"))
 
 
-def translations(decoder, sources, **options):
+def translations(decoder, sources, new_tokens=3, **decoding):
     """What translate_lines makes of sources, with an all-byte tokenizer. -> lines, how many were cut"""
-    progress = lander.Progress("", len(sources), "")
-    sources = dict(enumerate(sources))
-    found = lander.translate_lines(decoder, Bytes, "en-de", sources, progress, **options)
-    assert list(found) == list(sources) and progress.done == len(sources)
-    return [line for line, _ in found.values()], sum(cut for _, cut in found.values())
+    rest = list(enumerate(sources)), lander.Settings(**decoding), "", new_tokens
+    found = list(lander.translate_lines(decoder, Bytes, "en-de", *rest))
+    assert [number for number, _, _ in found] == list(range(len(sources)))
+    return [line for _, line, _ in found], sum(cut for _, _, cut in found)
 
 
 @pytest.mark.parametrize("beams", [1, 2])
@@ -1463,7 +1483,7 @@ def test_limits_and_groups_by_hand(monkeypatch):
     """Twice the prompt; a cache of --cache-gb for each beam, which is as often too large."""
     decoder, asked = tiny_decoder("bloom", vocabulary=128), []
 
-    def loops(ids, mask, limits, eos_id, **options):
+    def loops(ids, mask, limits, eos_id, beams, **options):
         asked.append((len(ids), limits))
         return [[65] * limit for limit in limits]
 
@@ -1488,9 +1508,8 @@ def test_a_source_too_long_for_the_model_is_an_empty_line_and_a_note(capsys):
     (short, long), _ = translations(decoder, ["a", "b" * 5000])
     assert short and long == ""
     assert "line 2" in capsys.readouterr().err
-    progress = lander.Progress("", 1, "")
-    lander.translate_lines(decoder, Bytes, "en-de", {1000: "b" * 5000}, progress)
-    assert "line 1001" in capsys.readouterr().err, "a later thousand of --translate counts on"
+    list(lander.translate_lines(decoder, Bytes, "en-de", [(8, "b" * 5000)], lander.Settings(), ""))
+    assert "line 9" in capsys.readouterr().err
 
 
 def test_translating_with_a_finished_run(world, finished, here, capsys, monkeypatch):
