@@ -669,14 +669,6 @@ def beam_search(model, head, cache, logits, limits, ends, beams):
 # reader what differs. Absent keys mean what transformers takes them for.
 
 
-def switch(published, key, default=False):
-    """A key of config.json that is true, false or absent."""
-    value = published.get(key, default)
-    if not isinstance(value, bool):
-        raise InputError(f"{key} is {value!r}, expected true or false")
-    return value
-
-
 def read_sizes(published, tied=False):
     """What every family says, by any of its names. tied: the head, if no key says so."""
     hidden_size = published.get("n_embed") or published.get("n_embd") or published["hidden_size"]
@@ -691,7 +683,7 @@ def read_sizes(published, tied=False):
         heads=heads,
         kv_heads=published.get("num_key_value_heads") or heads,
         head_size=published.get("head_dim") or hidden_size // heads,
-        head="tied" if switch(published, "tie_word_embeddings", tied) else "plain",
+        head="tied" if published.get("tie_word_embeddings", tied) else "plain",
     )
 
 
@@ -719,7 +711,7 @@ def read_bloom(published):
         positions="alibi",
         norm_eps=published.get("layer_norm_epsilon", 1e-5),
         embedding_norm=True,
-        residual_after_norm=switch(published, "apply_residual_connection_post_layernorm"),
+        residual_after_norm=published.get("apply_residual_connection_post_layernorm", False),
         query_key_value="interleaved",
     )
 
@@ -729,29 +721,26 @@ def read_baichuan(published):
     with its normalized head, was trained with a z_loss_weight. `positions` and `normalize_head` are
     keys of this project's own small checkpoints."""
     length = published.get("max_position_embeddings")
-    positions = published.get("positions", "rotary" if length else "alibi")
-    if positions not in ("alibi", "rotary"):
-        raise InputError(f"positions is {positions!r}, expected alibi or rotary")
     is_second = "z_loss_weight" in published or published["vocab_size"] == 125696
     if not published.keys() & {"normalize_head", "z_loss_weight"}:
         note(f"config.json: taken for Baichuan {1 + is_second} by its vocab_size alone")
-    normalized = switch(published, "normalize_head", is_second)
+    normalized = published.get("normalize_head", is_second)
     return read_llama(published) | dict(
         max_length=length or published.get("model_max_length", 4096),
-        positions=positions,
+        positions=published.get("positions", "rotary" if length else "alibi"),
         head="normalized" if normalized else "plain",
     )
 
 
 def read_llama(published):
     """The config.json of LLaMA 1 to 3, ALMA, Tower."""
-    bias = switch(published, "attention_bias")
+    bias = published.get("attention_bias", False)
     return read_sizes(published) | dict(
         max_length=published.get("max_position_embeddings", 2048),
         norm_eps=published.get("rms_norm_eps", 1e-6),
         query_key_value_bias=bias,
         output_bias=bias,
-        ffn_bias=switch(published, "mlp_bias"),
+        ffn_bias=published.get("mlp_bias", False),
         **read_rotary(published),
     )
 
@@ -796,7 +785,7 @@ def read_qwen3(published):
     """Qwen3's config.json. A window counts if use_sliding_window says so."""
     usual = {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768}
     fields = read_llama(usual | published) | {"query_key_norm": True}
-    if switch(published, "use_sliding_window"):
+    if published.get("use_sliding_window", False):
         fields["longest"] = published.get("sliding_window", 4096)
     return fields
 
@@ -848,20 +837,36 @@ LLAMA_NAMES = {
 PACKED = {"blocks.{}.attention.query_key_value": "model.layers.{}.self_attn.W_pack"}
 
 # Keys of config.json that change what is computed, and what they may be where they are set.
-SILU, GELU = {"hidden_act": ["silu", "swish"]}, {"hidden_act": ["gelu"], "rope_scaling": [None]}
-BAICHUAN = SILU | {"rope_scaling": [None], "tie_word_embeddings": [False]}
-GPT2 = {"activation_function": ["gelu_new", "gelu_pytorch_tanh"], "scale_attn_weights": [True]}
+SWITCHES = (
+    "apply_residual_connection_post_layernorm attention_bias mlp_bias normalize_head"
+    " tie_word_embeddings use_sliding_window"
+)
 ABSENT = (
     "add_cross_attention alibi attn_logit_softcapping clip_qkv final_logit_softcapping"
     " no_rope_layers num_experts num_local_experts parallel_attn qk_layernorm quantization_config"
     " rope_interleave scale_attn_by_inverse_layer_idx use_bidirectional_attention use_qk_norm"
     " use_parallel_residual"
 )
-ONE = (
+FACTORS = (
     "attention_multiplier embedding_multiplier logit_scale logits_scaling partial_rotary_factor"
     " residual_multiplier rotary_pct"
 )
-OTHERS = dict.fromkeys(ABSENT.split(), [None, False]) | dict.fromkeys(ONE.split(), [None, 1])
+ALL = (
+    dict.fromkeys(SWITCHES.split(), [False, True])
+    | dict.fromkeys(ABSENT.split(), [None, False])
+    | dict.fromkeys(FACTORS.split(), [None, 1, 1.0])
+)
+SILU = ALL | {"hidden_act": ["silu", "swish"]}
+GELU = ALL | {"hidden_act": ["gelu"], "rope_scaling": [None]}
+BAICHUAN = SILU | {
+    "positions": ["rotary", "alibi"],
+    "rope_scaling": [None],
+    "tie_word_embeddings": [False],
+}
+GPT2 = ALL | {
+    "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
+    "scale_attn_weights": [True],
+}
 
 # Tensors that are no weights: angles, which are computed in fp32, and who may see whom.
 DROPPED = r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq|h\.\d+\.attn\.(masked_)?bias"
@@ -895,9 +900,10 @@ def read_config(published):
     if name not in list(FAMILIES):
         raise InputError(f"model_type is {name!r}, expected one of {', '.join(FAMILIES)}")
     family = FAMILIES[name]
-    for key, values in (OTHERS | family.computes).items():
-        if key in published and published[key] not in values:
-            raise InputError(f"{key} is {published[key]!r}, expected {values[0]!r}")
+    for key, values in family.computes.items():
+        value = published.get(key, values[0])
+        if (type(value), value) not in [(type(v), v) for v in values]:  # for 1 == True
+            raise InputError(f"{key} is {value!r}, expected one of {values}")
     kinds = published.get("layer_types") or []
     if {*kinds} - {"full_attention", "sliding_attention"}:
         raise InputError(f"layer_types has {', '.join(sorted({*kinds}))}")

@@ -2045,6 +2045,23 @@ def test_longer_input_than_the_window_or_positions_is_refused(config):
         assert [[row] for row in new] == alone
 
 
+@pytest.mark.parametrize(
+    "kind, changes, longest",
+    [
+        ("mistral", {}, 4096),
+        ("mistral", {"sliding_window": None}, None),
+        ("qwen2", {"sliding_window": 9}, None),
+        ("qwen3", {"sliding_window": 9, "use_sliding_window": False}, None),
+        ("llama", {"sliding_window": 9}, None),
+    ],
+)
+def test_a_window_counts_where_it_is_used(kind, changes, longest):
+    """An absent window taken for none, or null, or one that is switched off, for the usual 4096."""
+    usual = Config.from_json(LLAMA_CONFIG).longest
+    config = Config.from_json(LLAMA_LIKE | {"model_type": kind} | changes)
+    assert config.longest == (longest or usual) and usual > 10**6
+
+
 def test_alibi_slopes_by_hand():
     """H = 6: the series of 4, then the first and third of the series of 8."""
     assert model.alibi_slopes(4).tolist() == [1 / 4, 1 / 16, 1 / 64, 1 / 256]
@@ -2393,6 +2410,8 @@ def test_a_stored_head_that_is_not_the_tied_embedding_is_used(tmp_path, kind, ca
         theirs, ours = load(tmp_path, dtype=torch.float32), load_model(tmp_path)
         assert_same(ours, theirs)
         assert ours.config.head == ("plain" if change else "tied")
+        # Before transformers 5 this key decided alone.
+        assert ours.config.published.get("tie_word_embeddings", True) != bool(change)
         assert ("lm_head.weight" in capsys.readouterr().err.split("\r")[-1]) == bool(change)
         save_model(ours, tmp_path / "copy")
         assert_same(load_model(tmp_path / "copy"), theirs)
@@ -2641,6 +2660,9 @@ def test_converting_overwrites_nothing_and_writes_all_or_nothing(tmp_path):
     refused(lambda: model.convert(tmp_path), str(tmp_path / "model.safetensors"), "already")
     assert (tmp_path / "model.safetensors").read_bytes() == before
     (tmp_path / "model.safetensors").unlink()
+    (tmp_path / INDEX).write_text("{}")
+    refused(lambda: model.convert(tmp_path), INDEX, "already")
+    (tmp_path / INDEX).unlink()
     torch.save({"w": [1]}, tmp_path / "pytorch_model-2.bin")
     refused(lambda: model.convert(tmp_path), "pytorch_model-2.bin")
     assert not list(tmp_path.glob("*.safetensors*"))
