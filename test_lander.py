@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+import zipfile
 from dataclasses import fields
 from pathlib import Path
 
@@ -102,7 +103,7 @@ LLAMA3_SCALING = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
-# A scaled LLaMA 3 with heads of another size and all biases there can be, and a small Qwen2.5.
+# A scaled LLaMA 3 with heads of another size and all biases there can be, and small Qwens.
 TINY_LLAMA_LIKE = {
     "llama": {
         "num_key_value_heads": 2,
@@ -112,6 +113,7 @@ TINY_LLAMA_LIKE = {
         "mlp_bias": True,
     },
     "qwen2": {"num_key_value_heads": 4, "rope_theta": 1e6, "tie_word_embeddings": True},
+    "qwen3": {"num_key_value_heads": 2, "rope_theta": 1e6, "head_dim": 10},
 }
 
 
@@ -119,6 +121,9 @@ def tiny_config(kind, vocabulary=90, layers=2):
     if kind == "bloom":
         sizes = dict(vocab_size=vocabulary, n_embed=32, n_layer=layers, n_head=4)
         return Config.from_json(dict(model_type="bloom", **sizes))
+    if kind == "gpt2":
+        sizes = dict(vocab_size=vocabulary, n_embd=32, n_layer=layers, n_head=4, n_positions=64)
+        return Config.from_json(dict(model_type="gpt2", **sizes))
     if kind in TINY_LLAMA_LIKE:
         sizes = dict(model_type=kind, vocab_size=vocabulary, num_hidden_layers=layers)
         return Config.from_json(LLAMA_LIKE | sizes | TINY_LLAMA_LIKE[kind])
@@ -131,7 +136,8 @@ def tiny_decoder(kind, seed=0, vocabulary=90, layers=2):
     return randomize(decoder, seed, std=0.5)  # wild enough for varied continuations
 
 
-KINDS = ("bloom", "rotary", "alibi", "llama", "qwen2")
+KINDS = ("bloom", "rotary", "alibi", "llama", "qwen2", "qwen3", "gpt2")
+PUBLISHED_KINDS = [kind for kind in KINDS if kind not in ("rotary", "alibi")]  # Baichuan's
 
 
 def random_examples(count, vocabulary=90, seed=0, longest=9):
@@ -1771,8 +1777,8 @@ def test_an_option_given_counts_as_given(monkeypatch, here):
 def reference(kind, **options):
     """A small model of transformers, of LLAMA_LIKE's sizes, with random weights."""
     transformers = pytest.importorskip("transformers")
-    sizes = dict(vocab_size=90, hidden_size=48, n_layer=3, n_head=4)
-    sizes = sizes if kind == "bloom" else LLAMA_LIKE
+    sizes = dict(vocab_size=90, hidden_size=48, n_layer=3, n_head=4, n_positions=64)
+    sizes = sizes if kind in ("bloom", "gpt2") else LLAMA_LIKE
     config = transformers.AutoConfig.for_model(kind, **sizes | options)
     return randomize(transformers.AutoModelForCausalLM.from_config(config))
 
@@ -1797,6 +1803,13 @@ def bare(tensors):
     return {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
 
 
+def with_masks(tensors):
+    """As GPT-2 was published: without a prefix, with buffers that are no weights."""
+    masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 64, 64).tril() for i in range(3)}
+    masks |= {f"h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(3)}
+    return bare(tensors) | masks
+
+
 def with_head(tensors):
     """The tied head, once more."""
     embedding = tensors.get("transformer.word_embeddings.weight")
@@ -1813,18 +1826,34 @@ def packed(tensors):
     return tensors
 
 
-# How BLOOM was published, by its number of heads (n_embed wins), and an older spelling of scalings.
-PUBLISHED = {"n_embed": 48, "hidden_size": 7, "n_head": "gone", "n_inner": None}
-FOUR, SIX = ({**PUBLISHED, "num_attention_heads": heads} for heads in (4, 6))
+# How BLOOM was published, by its number of heads; n_embed wins.
+FOUR = {
+    "n_embed": 48,
+    "hidden_size": 7,
+    "n_head": "gone",
+    "n_inner": None,
+    "num_attention_heads": 4,
+}
+SIX = FOUR | {"num_attention_heads": 6}
+AFTER_NORM = {"apply_residual_connection_post_layernorm": True}
+# Rotary positions as transformers 5 spells them, and as it was before.
+PLAIN = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+LINEAR = {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}
+LLAMA3 = {"rope_parameters": LLAMA3_SCALING | {"rope_theta": 5e5}}
 OLD = {"rope_parameters": "gone"}
-LINEAR = {"rope_type": "linear", "factor": 4.0}
-THETA, SCALED, LLAMA3 = {"rope_theta": 1e6}, {"rope_theta": 1e4}, {"rope_theta": 5e5}
-# What transformers takes for a key that is not there, and the file may leave out.
+OLD_PLAIN = OLD | {"rope_theta": 1e6, "rope_scaling": None}
+OLD_LINEAR = OLD | {"rope_scaling": {"type": "linear", "factor": 4.0}}
+OLD_LLAMA3 = OLD | {"rope_theta": 5e5, "rope_scaling": LLAMA3_SCALING}
+# What transformers takes for a key that is not there, and the file may leave out; and with what
+# options of the config that is what they say.
 ABSENT = dict.fromkeys(
     "num_key_value_heads rms_norm_eps attention_bias mlp_bias head_dim rope_parameters sliding_window"
     " tie_word_embeddings use_sliding_window max_position_embeddings layer_types".split(),
     "gone",
 )
+MISTRAL = {"num_attention_heads": 16, "num_key_value_heads": 8, "hidden_size": 64}
+QWEN2 = {"num_attention_heads": 64, "num_key_value_heads": 32, "hidden_size": 128}
+QWEN3 = {"num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128}
 
 # What a reader or a loader gets wrong at first: kind, options of transformers' config, and how the
 # files are written.
@@ -1834,11 +1863,7 @@ CASES = {
     "6 heads, shards": ("bloom", {"n_head": 6}, dict(config=SIX, max_shard_size="60KB")),
     "12 heads, shards": ("bloom", {"n_head": 12}, dict(tensors=with_head, max_shard_size="60KB")),
     "16 bits": ("bloom", {"n_head": 6, "dtype": torch.float16}, dict(config=SIX, tensors=bare)),
-    "residual after the norm": (
-        "bloom",
-        {"apply_residual_connection_post_layernorm": True},
-        dict(config=FOUR, tensors=bare),
-    ),
+    "residual after the norm": ("bloom", AFTER_NORM, dict(config=FOUR, tensors=bare)),
     "baichuan": ("llama", {}, dict(config={"model_type": "baichuan"}, tensors=packed)),
     "8 heads of keys and values": ("llama", {}, {}),
     "4": ("llama", {"num_key_value_heads": 4}, {}),
@@ -1846,38 +1871,23 @@ CASES = {
     "1, the head tied": ("llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}, {}),
     "biases": ("llama", {"attention_bias": True, "mlp_bias": True}, {}),
     "heads of another size": ("llama", {"head_dim": 10, "num_key_value_heads": 2}, {}),
-    "another base": ("llama", {"rope_parameters": {"rope_type": "default"} | THETA}, {}),
-    "another base, old spelling": (
-        "llama",
-        {"rope_parameters": {"rope_type": "default"} | THETA},
-        {"config": OLD | THETA | {"rope_scaling": None}},
-    ),
-    "linear scaling": ("llama", {"rope_parameters": LINEAR | SCALED}, {}),
-    "linear scaling, old spelling": (
-        "llama",
-        {"rope_parameters": LINEAR | SCALED},
-        {"config": OLD | {"rope_scaling": {"type": "linear", "factor": 4.0}}},
-    ),
-    "llama3 scaling": ("llama", {"rope_parameters": LLAMA3_SCALING | LLAMA3}, {}),
-    "llama3 scaling, old spelling": (
-        "llama",
-        {"rope_parameters": LLAMA3_SCALING | LLAMA3},
-        {"config": OLD | LLAMA3 | {"rope_scaling": LLAMA3_SCALING}},
-    ),
+    "another base": ("llama", PLAIN, {}),
+    "another base, old spelling": ("llama", PLAIN, {"config": OLD_PLAIN}),
+    "linear scaling": ("llama", LINEAR, {}),
+    "linear scaling, old spelling": ("llama", LINEAR, {"config": OLD_LINEAR}),
+    "llama3 scaling": ("llama", LLAMA3, {}),
+    "llama3 scaling, old spelling": ("llama", LLAMA3, {"config": OLD_LLAMA3}),
     "llama, absent keys": ("llama", {}, {"config": ABSENT}),
     "mistral": ("mistral", {"num_key_value_heads": 2, "sliding_window": None}, {}),
-    "mistral, absent keys": (
-        "mistral",
-        {"num_attention_heads": 16, "num_key_value_heads": 8, "hidden_size": 64},
-        {"config": ABSENT},
-    ),
-    "qwen2": ("qwen2", {"num_key_value_heads": 2, "rope_parameters": THETA}, {}),
+    "mistral, absent keys": ("mistral", MISTRAL, {"config": ABSENT}),
+    "qwen2": ("qwen2", PLAIN | {"num_key_value_heads": 2}, {}),
     "qwen2, tied": ("qwen2", {"num_key_value_heads": 4, "tie_word_embeddings": True}, {}),
-    "qwen2, absent keys": (
-        "qwen2",
-        {"num_attention_heads": 64, "num_key_value_heads": 32, "hidden_size": 128},
-        {"config": ABSENT},
-    ),
+    "qwen2, absent keys": ("qwen2", QWEN2, {"config": ABSENT}),
+    "qwen3": ("qwen3", PLAIN | {"num_key_value_heads": 2, "head_dim": 10}, {}),
+    "qwen3, biases, tied": ("qwen3", {"attention_bias": True, "tie_word_embeddings": True}, {}),
+    "qwen3, absent keys": ("qwen3", QWEN3, {"config": ABSENT}),
+    "gpt2": ("gpt2", {}, {"tensors": with_masks}),
+    "gpt2, saved again": ("gpt2", {"n_inner": 100, "tie_word_embeddings": False}, {}),
 }
 
 
@@ -1885,7 +1895,10 @@ def assert_same(ours, theirs):
     """The same logits with padding on either side."""
     for side in ("left", "right"):
         ids, mask = padded_ids(90, side, lengths=(40, 7, 25))
-        assert_close(ours(ids, mask), theirs(ids, attention_mask=mask.long()).logits, mask)
+        options = {"attention_mask": mask.long()}
+        if theirs.config.model_type == "gpt2":  # which counts padding, unless it is told
+            options["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        assert_close(ours(ids, mask), theirs(ids, **options).logits, mask)
 
 
 def cut(row, eos_ids):
@@ -1985,12 +1998,30 @@ def test_baichuan_variants_are_told_apart(vocabulary, extra, positions, head):
     assert (config.positions, config.head, config.max_length) == (positions, head, 4096)
 
 
-def test_longer_input_than_the_window_is_refused():
-    """Attention to all tokens, where the published model sees the last few, is another function."""
-    config = {"model_type": "mistral", "sliding_window": 12}
-    decoder = randomize(Decoder(Config.from_json(LLAMA_LIKE | config)))
+@pytest.mark.parametrize(
+    "config",
+    [
+        LLAMA_LIKE | {"model_type": "mistral", "sliding_window": 12},
+        LLAMA_LIKE | {"model_type": "qwen2", "sliding_window": 12, "use_sliding_window": True},
+        LLAMA_LIKE | {"model_type": "qwen3", "sliding_window": 12, "use_sliding_window": True},
+        dict(model_type="gpt2", vocab_size=90, n_embd=32, n_layer=2, n_head=4, n_positions=12),
+    ],
+)
+def test_longer_input_than_the_window_or_positions_is_refused(config):
+    """Attention to all tokens, where the published model sees the last few, is another function; a
+    translation that ends in an error where the positions end."""
+    decoder = randomize(Decoder(Config.from_json(config)))
     assert decoder(torch.full((1, 12), 5)).isfinite().all()
     refused(lambda: decoder(torch.full((1, 13), 5)), "13 tokens", "sliding_window")
+    refused(lambda: decoder.generate(torch.full((1, 13), 5), None, 9, 2), "13 tokens")
+    ids, mask = padded_ids(90, "left", lengths=(12, 4, 11))
+    for beams in (1, 2):
+        new = decoder.generate(ids, mask, 9, eos_id=[], beams=beams)
+        assert [len(row) for row in new] == [0, 8, 1]
+        alone = [
+            decoder.generate(row[real][None], None, 9, [], beams) for row, real in zip(ids, mask)
+        ]
+        assert [[row] for row in new] == alone
 
 
 def test_alibi_slopes_by_hand():
@@ -2158,7 +2189,7 @@ def test_ids_that_the_tokenizer_lacks_are_never_emitted(beams):
         assert found == recomputed_greedy(decoder, row[real].tolist(), 10, 2, 8)
 
 
-@pytest.mark.parametrize("kind", ["bloom", *TINY_LLAMA_LIKE])
+@pytest.mark.parametrize("kind", PUBLISHED_KINDS)
 def test_beam_search_equals_transformers(kind, tmp_path, nan_in_new_memory):
     """A beam reordered without its cache; a hypothesis finished that ranked too low, or lost; a length
     counted wrongly; a search that stops too early or too late. Ends are often, seldom and never met."""
@@ -2229,7 +2260,7 @@ def test_a_saved_model_loads_as_the_same_bits(tmp_path, kind):
     decoder = tiny_decoder(kind).half()
     save_model(decoder, tmp_path)
     again = load_model(tmp_path)
-    assert again.config.published["dtype"] == "float16"
+    assert again.config.published["dtype"] == again.config.published["torch_dtype"] == "float16"
     assert {p.dtype for p in again.parameters()} == {torch.float16}, "a cast doubles the memory"
     assert again.state_dict().keys() == decoder.state_dict().keys()
     assert all(torch.equal(p, again.get_parameter(name)) for name, p in decoder.named_parameters())
@@ -2285,15 +2316,82 @@ def test_every_wrong_tensor_is_listed_in_one_error(tmp_path):
     tensors["h.1.input_layernorm.weight"] = torch.ones(32, dtype=torch.int8)
     tensors["h.2.input_layernorm.weight"] = torch.ones(32)
     tensors["transformer.ln_f.bias"] = torch.ones(32)
-    tensors["lm_head.weight"] = torch.ones(1)  # dropped on purpose
     save_file(tensors, tmp_path / "model.safetensors")
     text = refused(lambda: load_model(tmp_path), str(tmp_path))
     missing, unexpected, misshapen = text.split("; ")[1:]
-    assert missing == "missing: h.1.mlp.dense_h_to_4h.bias, ln_f.weight"
+    assert missing == "2 missing: h.1.mlp.dense_h_to_4h.bias, ln_f.weight"
     assert "h.2.input_layernorm.weight" in unexpected and "ln_f.bias (twice)" in unexpected
     assert "h.0.input_layernorm.weight torch.float32 [31]" in misshapen
     assert "h.1.input_layernorm.weight torch.int8" in misshapen
-    assert "lm_head" not in text
+    save_file(
+        {f"x.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "model.safetensors"
+    )
+    text = refused(lambda: load_model(tmp_path), "29 missing", "29 unexpected: x.", ", ...")
+    assert len(text) < 1000, "26,000 characters for a model of 7B"
+
+
+def rename(folder, change):
+    """The names of its tensors, by a function."""
+    tensors = {
+        change(name): t.clone() for name, t in load_file(folder / "model.safetensors").items()
+    }
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prefixes_of_names_are_recognized(tmp_path, kind):
+    """Written by torch.compile, DistributedDataParallel or FSDP, or of the model below the head alone."""
+    decoder = tiny_decoder(kind)
+    prefix = model.FAMILIES[decoder.config.family].prefix
+    for change in (
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"module._orig_mod.{name}",
+        lambda name: name.replace("0.", "0._fsdp_wrapped_module."),
+        lambda name: name.removeprefix(prefix),
+        lambda name: name if name.startswith((prefix, "lm_head")) else prefix + name,
+    ):
+        save_model(decoder, tmp_path)
+        rename(tmp_path, change)
+        again = load_model(tmp_path)
+        assert all(
+            torch.equal(p, again.get_parameter(name)) for name, p in decoder.named_parameters()
+        )
+
+
+@pytest.mark.parametrize("kind", ["bloom", "qwen2", "gpt2"])
+def test_a_stored_head_that_is_not_the_tied_embedding_is_used(tmp_path, kind, capsys):
+    """Dropped unread, as a tied head's copy may be, it gives other logits (mergers, tuned heads)."""
+    transformers = pytest.importorskip("transformers")
+    decoder = tiny_decoder(kind)
+    for change in (0, 1):
+        save_model(decoder, tmp_path)
+        tensors = load_file(tmp_path / "model.safetensors")
+        head = decoder.embedding.weight.detach() + change
+        save_file(tensors | {"lm_head.weight": head}, tmp_path / "model.safetensors")
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        theirs, ours = load(tmp_path, dtype=torch.float32), load_model(tmp_path)
+        assert_same(ours, theirs)
+        assert ours.config.head == ("plain" if change else "tied")
+        assert ("lm_head.weight" in capsys.readouterr().err.split("\r")[-1]) == bool(change)
+        save_model(ours, tmp_path / "copy")
+        assert_same(load_model(tmp_path / "copy"), theirs)
+        assert_same(ours, load(tmp_path / "copy", dtype=torch.float32))
+    edit_config(tmp_path, tie_word_embeddings=False)
+    rename(tmp_path, lambda name: name.replace("lm_head", "head"))
+    refused(lambda: load_model(tmp_path), "1 missing: lm_head.weight")
+
+
+def test_what_a_config_does_not_say_is_guessed_aloud(capsys):
+    """Baichuan 1 and 2 have the same keys and shapes, but one head is normalized."""
+    for published, head, said in (
+        (BAICHUAN, "plain", "Baichuan 1 "),
+        (BAICHUAN | {"vocab_size": 125696}, "normalized", "Baichuan 2 "),
+        (BAICHUAN | {"z_loss_weight": 0}, "normalized", ""),
+        (BAICHUAN | {"normalize_head": True}, "normalized", ""),
+    ):
+        assert Config.from_json(published | {"model_max_length": 64}).head == head
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == bool(said)
 
 
 def test_an_error_is_one_line_for_every_tool(capsys):
@@ -2307,6 +2405,7 @@ def test_an_error_is_one_line_for_every_tool(capsys):
 
 
 BLOOM_CONFIG = dict(model_type="bloom", vocab_size=90, n_embed=32, n_layer=2, n_head=4)
+GPT2_CONFIG = dict(model_type="gpt2", vocab_size=90, n_embd=32, n_layer=2, n_head=4)
 LLAMA_CONFIG = LLAMA_LIKE | {"model_type": "llama"}
 BAICHUAN_CONFIG = BAICHUAN | {"model_max_length": 64}
 
@@ -2316,7 +2415,7 @@ BAICHUAN_CONFIG = BAICHUAN | {"model_max_length": 64}
     [
         (BLOOM_CONFIG, {"model_type": "gpt9"}, ["'gpt9'", "bloom, baichuan"]),
         (BLOOM_CONFIG, {"model_type": ["bloom"]}, ["['bloom']"]),
-        (BLOOM_CONFIG, {"n_head": None}, ["n_head or num_attention_heads"]),
+        (BLOOM_CONFIG, {"n_head": None}, ["num_attention_heads"]),
         (BLOOM_CONFIG, {"n_head": 5}, ["32", "5 heads"]),
         (BLOOM_CONFIG, {"n_layer": "2"}, ["layers is '2'"]),
         (BLOOM_CONFIG, {"n_embed": 10**30}, ["hidden_size is 1000"]),
@@ -2329,6 +2428,19 @@ BAICHUAN_CONFIG = BAICHUAN | {"model_max_length": 64}
         # positions "Rotary" was accepted, and then there were no positions at all.
         (BAICHUAN_CONFIG, {"positions": "Rotary"}, ["'Rotary'"]),
         (BAICHUAN_CONFIG, {"normalize_head": 1}, ["normalize_head"]),
+        (BAICHUAN_CONFIG, {"tie_word_embeddings": True}, ["tie_word_embeddings"]),
+        (GPT2_CONFIG, {"activation_function": "gelu"}, ["'gelu'"]),
+        (GPT2_CONFIG, {"scale_attn_weights": False}, ["scale_attn_weights"]),
+        (GPT2_CONFIG, {"scale_attn_by_inverse_layer_idx": True}, ["by_inverse_layer_idx"]),
+        (GPT2_CONFIG, {"add_cross_attention": True}, ["add_cross_attention"]),
+        (LLAMA_CONFIG, {"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
+        (LLAMA_CONFIG, {"rope_parameters": {"partial_rotary_factor": 0.5}}, ["partial_rotary"]),
+        (LLAMA_CONFIG, {"rope_parameters": {"full_attention": {}}}, ["full_attention"]),
+        (LLAMA_CONFIG, {"layer_types": ["linear_attention"] * 3}, ["linear_attention"]),
+        (LLAMA_CONFIG, {"clip_qkv": 8.0}, ["clip_qkv"]),
+        (LLAMA_CONFIG, {"logits_scaling": 16.0}, ["logits_scaling"]),
+        (LLAMA_CONFIG, {"attn_logit_softcapping": 50.0}, ["attn_logit_softcapping"]),
+        (LLAMA_CONFIG, {"use_bidirectional_attention": True}, ["use_bidirectional_attention"]),
         (LLAMA_CONFIG, {"rope_scaling": {"type": "yarn", "factor": 4.0}}, ["'yarn'"]),
         (LLAMA_CONFIG, {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}, ["'dynamic'"]),
         (LLAMA_CONFIG, {"rope_parameters": {"rope_type": "longrope"}}, ["'longrope'"]),
@@ -2346,13 +2458,13 @@ BAICHUAN_CONFIG = BAICHUAN | {"model_max_length": 64}
         (
             LLAMA_CONFIG,
             {"model_type": "mistral", "sliding_window": "all"},
-            ["sliding_window", "'all'"],
+            ["'all'"],
         ),
     ],
 )
 def test_what_a_config_asks_for_is_done_or_refused_by_name(config, changes, culprits):
     """Loaded all the same, it would compute another function."""
-    Config.from_json(config)
+    Config.from_json(config | {"attention_dropout": 0.1, "logits_scaling": 1.0, "clip_qkv": None})
     refused(lambda: Config.from_json(config | changes), "config.json", *culprits)
 
 
@@ -2377,6 +2489,7 @@ def shard(name):
         ),
         ({"model.safetensors": None}, ["no model.safetensors"]),
         ({"model.safetensors": ""}, ["model.safetensors"]),
+        ({"model.safetensors": "version https://git-lfs.github.com/spec/v1\n"}, ["Git LFS"]),
         ({"model.safetensors": "x" * 1000}, ["model.safetensors"]),
         ({"model.safetensors": -100}, ["model.safetensors"]),
         (shard("../elsewhere.safetensors"), [INDEX, "'../elsewhere.safetensors'"]),
@@ -2403,27 +2516,28 @@ def test_a_damaged_checkpoint_ends_in_one_line(tmp_path, files, culprits):
     refused(lambda: load_model(folder), str(folder), *culprits)
 
 
-def as_bins(folder, count=1, **more):
-    """Its model.safetensors as that many .bin files. -> the tensors"""
-    tensors = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    for i in range(count):
-        part = dict([*tensors.items()][i::count])
-        name = f"pytorch_model-0000{i + 1}-of-0000{count}.bin" if count > 1 else "pytorch_model.bin"
-        torch.save(part | {new: part[old] for new, old in more.items()}, folder / name)
-    return tensors
+def test_a_folder_that_is_no_checkpoint_is_told_apart(tmp_path):
+    """An adapter, or the name that a model has on a hub: "config.json: cannot be read" helps nobody."""
+    adapter = {"base_model_name_or_path": "haoranxu/ALMA-7B-Pretrain"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+    refused(lambda: load_model(tmp_path), "adapter of haoranxu/ALMA-7B-Pretrain", "merge")
+    name = "bigscience/bloom-560m"
+    refused(lambda: load_model(name), f"hf download {name} --local-dir bloom-560m")
 
 
-def run_convert(folder):
+def run_convert(folder, **options):
     command = [sys.executable, Path(model.__file__), "convert", folder]
-    return subprocess.run(command, capture_output=True, text=True)
+    return subprocess.run(command, capture_output=True, text=True, **options)
 
 
 def test_bin_shards_convert_to_the_same_model(tmp_path):
     """Baichuan2-7B-Base is published as two .bin shards; loading must say how to convert them."""
     decoder = tiny_decoder("rotary")
     save_model(decoder, tmp_path)
-    as_bins(tmp_path, 2)
+    tensors = list(load_file(tmp_path / "model.safetensors").items())
+    (tmp_path / "model.safetensors").unlink()
+    for i in (0, 1):
+        torch.save(dict(tensors[i::2]), tmp_path / f"pytorch_model-0000{i + 1}-of-00002.bin")
     refused(lambda: load_model(tmp_path), f"python model.py convert {tmp_path}")
     done = run_convert(tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
@@ -2431,14 +2545,16 @@ def test_bin_shards_convert_to_the_same_model(tmp_path):
     assert all(torch.equal(p, again.get_parameter(name)) for name, p in decoder.named_parameters())
 
 
-def test_a_bin_file_with_a_tied_head_converts(tmp_path):
-    """safetensors refuses tensors that share memory."""
-    decoder = tiny_decoder("bloom")
-    save_model(decoder, tmp_path)
-    as_bins(tmp_path, **{"lm_head.weight": "word_embeddings.weight"})
-    model.convert(tmp_path)
-    assert torch.equal(load_model(tmp_path).embedding.weight, decoder.embedding.weight)
-    assert "lm_head.weight" in load_file(tmp_path / "model.safetensors")
+def test_views_of_one_memory_convert(tmp_path):
+    """safetensors refuses what overlaps, and a tied head; a name of a file that ASCII cannot print."""
+    whole = torch.arange(6.0)
+    views = {"a": whole[:4], "b": whole[2:], "c": whole.view(2, 3).T, "d": whole, "tied": whole}
+    torch.save(views, tmp_path / "pytorch_model-ü.bin")
+    done = run_convert(tmp_path, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stderr) == (0, "")
+    stored = load_file(tmp_path / "model-ü.safetensors")
+    assert stored.keys() == views.keys()
+    assert all(torch.equal(stored[name], view) for name, view in views.items())
 
 
 class Payload:
@@ -2446,19 +2562,67 @@ class Payload:
         return Path.touch, (Path("executed"),)
 
 
-@pytest.mark.parametrize("content", [b"not a checkpoint", Payload(), {"w": [1, 2]}, None])
-def test_converting_runs_no_code_and_names_the_file(tmp_path, monkeypatch, content):
+def compressed(path):
+    """A .bin whose data.pkl unpacks to a thousand times its size."""
+    torch.save({"w": torch.zeros(2)}, "plain.zip")
+    with (
+        zipfile.ZipFile("plain.zip") as plain,
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for entry in plain.infolist():
+            new.writestr(entry.filename, plain.read(entry))
+    Path("plain.zip").unlink()
+
+
+# What torch.save would write, a file's bytes, or a function that writes it; and what is said of it.
+BAD_BINS = {
+    "no checkpoint": (lambda path: path.write_bytes(b"not a checkpoint"), "zip"),
+    "before torch 1.6": (
+        lambda path: torch.save({}, path, _use_new_zipfile_serialization=False),
+        "zip",
+    ),
+    "compressed": (compressed, "compressed"),
+    "code": (Payload(), "code"),
+    "no tensors": ({"w": [1, 2]}, "'w', a list"),
+    "a list": ([torch.zeros(2)], "list"),
+    "Lightning's": ({"state_dict": {"w": torch.zeros(2)}}, "'state_dict', a dict"),
+    "a number as name": ({7: torch.zeros(2)}, "holds 7"),
+    "half a character as name": ({"\ud800": torch.zeros(2)}, "'\\ud800'"),
+    "larger than the file": ({"w": torch.zeros(1).expand(10000, 10000)}, "larger than the file"),
+    "no values": ({"w": torch.zeros(2, device="meta")}, "'w'"),
+    "sparse": ({"w": torch.zeros(2, 2).to_sparse()}, "'w'"),
+    "nothing": (None, "no pytorch_model"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_BINS)
+def test_converting_runs_no_code_and_names_the_file(tmp_path, monkeypatch, case):
     monkeypatch.chdir(tmp_path)
+    content, culprit = BAD_BINS[case]
     path = tmp_path / "pytorch_model.bin"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
+    if callable(content):
+        content(path)
     elif content is not None:
         torch.save(content, path)
     done = run_convert(".")
     assert (done.returncode, done.stdout) == (2, "")
     assert len(done.stderr.splitlines()) == 1 and "pytorch_model" in done.stderr
+    assert culprit in done.stderr and len(done.stderr) < 200
     assert "weights_only" not in done.stderr, "torch advises to load it all the same"
     assert [p.name for p in tmp_path.iterdir()] == [path.name] * (content is not None)
+
+
+def test_converting_overwrites_nothing_and_writes_all_or_nothing(tmp_path):
+    """A published model.safetensors beside the .bin files; a second shard that is refused too late."""
+    save_model(tiny_decoder("bloom"), tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    torch.save({"w": torch.zeros(2)}, tmp_path / "pytorch_model-1.bin")
+    refused(lambda: model.convert(tmp_path), str(tmp_path / "model.safetensors"), "already")
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({"w": [1]}, tmp_path / "pytorch_model-2.bin")
+    refused(lambda: model.convert(tmp_path), "pytorch_model-2.bin")
+    assert not list(tmp_path.glob("*.safetensors*"))
 
 
 MEASURE_LOADING = """
@@ -3031,7 +3195,6 @@ def test_batches_hold_every_example_once_and_keep_to_size():
 
 
 def test_worked_examples():
-    assert model.first_of({"n_embed": 8, "hidden_size": 4}, "n_embed", "hidden_size") == 8
     assert model.published_names("bloom", "blocks.3.ffn.up.bias") == ["h.3.mlp.dense_h_to_4h.bias"]
     assert data.group_by_length([5, 9, 1, 7], 100, rows_per_batch=3) == [[1, 3, 0], [2]]
     assert data.group_by_length([5, 9, 1, 7], 18) == [[1, 3], [0, 2]]
