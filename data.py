@@ -5,7 +5,7 @@
     examples = [render(tokenizer, "en-de", source, target) for source, target in pairs]
     for ids, mask, targets in make_batches(examples, tokenizer.pad_id, tokens_per_batch=4096): ...
 
-In this file: languages and the prompt; batches; parallel text; tokenizers; files.
+In this file: the prompt; batches; languages; parallel text; tokenizers; files.
 Letters: B sentences, T tokens.
 """
 
@@ -17,16 +17,18 @@ import os
 import random
 import re
 import socket
-import stat
 import sys
 import unicodedata
 from collections.abc import Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from heapq import heapify, heappop, heappush
-from itertools import chain, permutations
+from itertools import chain, groupby, permutations
 from pathlib import Path
 from typing import NamedTuple
+
+if sys.version_info < (3, 11):
+    sys.exit(f"error: Python 3.11 or newer is needed, this is {sys.version.split()[0]}")
 
 import numpy as np
 import portalocker
@@ -38,53 +40,25 @@ from safetensors.torch import save_file
 
 
 # --------------------------------------------------------------------------------------------------
-# Languages and the prompt
+# The prompt
 
-
-# The languages of BLOOM, the WMT news tasks and FLORES' largest, by code; last, the demo's toy ones.
-NAMES = """
-    af=Afrikaans ak=Akan am=Amharic ar=Arabic as=Assamese bg=Bulgarian bm=Bambara bn=Bengali
-    ca=Catalan cs=Czech da=Danish de=German el=Greek en=English es=Spanish et=Estonian eu=Basque
-    fa=Persian fi=Finnish fon=Fon fr=French gl=Galician gu=Gujarati ha=Hausa he=Hebrew hi=Hindi
-    hr=Croatian hu=Hungarian hy=Armenian id=Indonesian ig=Igbo is=Icelandic it=Italian
-    iu=Inuktitut ja=Japanese ka=Georgian kk=Kazakh ki=Kikuyu km=Khmer kn=Kannada ko=Korean
-    lg=Luganda ln=Lingala lt=Lithuanian lv=Latvian mk=Macedonian ml=Malayalam mr=Marathi
-    ms=Malay mt=Maltese ne=Nepali nl=Dutch no=Norwegian nso=Sotho ny=Chichewa or=Odia pa=Punjabi
-    pl=Polish ps=Pashto pt=Portuguese rn=Kirundi ro=Romanian ru=Russian rw=Kinyarwanda sk=Slovak
-    sl=Slovenian sn=Shona sq=Albanian sr=Serbian st=Sesotho sv=Swedish sw=Swahili ta=Tamil
-    te=Telugu th=Thai tl=Tagalog tn=Setswana tr=Turkish ts=Tsonga tum=Tumbuka tw=Twi
-    uk=Ukrainian ur=Urdu vi=Vietnamese wo=Wolof xh=Xhosa yo=Yoruba zh=Chinese zu=Zulu
-    qaa=Avari qab=Belun qac=Corith qad=Dorva
-"""
-LANGUAGES = dict(entry.split("=") for entry in NAMES.split())
 
 PROMPT = "Translate this from {source} to {target}:\n{source}: {text}\n{target}:"
 
 
-def split_pair(pair):
-    """ "en-de" -> ("en", "de"). InputError where it is not two known language codes."""
-    codes = pair.split("-")
-    if len(codes) != 2 or codes[0] == codes[1]:
-        raise InputError(f"pair {pair!r}: expected two language codes, source first, as in en-de")
-    for code in codes:
-        if code not in LANGUAGES:
-            raise InputError(f"pair {pair!r}: no language {code!r} in LANGUAGES in data.py")
-    return codes[0], codes[1]
-
-
-def prompt_text(pair, source):
+def prompt_text(pair, source, languages=None):
     """The one prompt, of training and evaluation. "en-de", "A house." -> "Translate this from ..." """
-    source_code, target_code = split_pair(pair)
-    return PROMPT.format(source=LANGUAGES[source_code], target=LANGUAGES[target_code], text=source)
+    first, second = (language_name(code, languages) for code in split_pair(pair, languages))
+    return PROMPT.format(source=first, target=second, text=source)
 
 
-def render(tokenizer, pair, source, target=None):
+def render(tokenizer, pair, source, target=None, languages=None):
     """A translation example: (prompt ids, target ids). The target's end in eos; [] for None.
 
     Prompt and target are tokenized apart and joined, in training as in generation, so that no
     merge crosses the boundary. That is what the joined text gives, where a tokenizer splits there.
     """
-    prompt_ids = [*tokenizer.prompt_prefix, *tokenizer.encode(prompt_text(pair, source))]
+    prompt_ids = [*tokenizer.prompt_prefix, *tokenizer.encode(prompt_text(pair, source, languages))]
     if target is None:
         return prompt_ids, []
     target_ids = tokenizer.encode(f"{tokenizer.target_prefix}{target}")
@@ -147,6 +121,98 @@ def make_batches(examples, pad_id, tokens_per_batch, seed=None):
 
 
 # --------------------------------------------------------------------------------------------------
+# Languages
+
+
+# Codes of ISO 639, of two letters and of three as FLORES-200 has them, and the name in the prompt;
+# of a script or region only where its text is another. By the tokenizer of sacreBLEU that counts
+# words there. Last, the demo's toy languages.
+LANGUAGES_BY_TOKENIZER = {
+    "zh": "zh zho cmn=Chinese, zh-Hant zho-Hant zh-TW zh-HK=Traditional Chinese, yue=Cantonese",
+    "ja-mecab": "ja jpn=Japanese",
+    "ko-mecab": "ko kor=Korean",
+    "char": "bo bod=Tibetan, dz dzo=Dzongkha, km khm=Khmer, lo lao=Lao, my mya=Burmese, th tha=Thai",
+    "13a": """
+    af afr=Afrikaans, ak aka=Akan, am amh=Amharic, ar ara arb=Arabic, as asm=Assamese, ast=Asturian,
+    ay aym ayr=Aymara, az aze azj=Azerbaijani, ba bak=Bashkir, be bel=Belarusian, bg bul=Bulgarian,
+    bho=Bhojpuri, bm bam=Bambara, bn ben=Bengali, br bre=Breton, bs bos=Bosnian, ca cat=Catalan,
+    ceb=Cebuano, ckb=Sorani, cs ces=Czech, cy cym=Welsh, da dan=Danish, de deu=German,
+    dsb=Lower Sorbian, ee ewe=Ewe, el ell=Greek, en eng=English, eo epo=Esperanto, es spa=Spanish,
+    et est ekk=Estonian, eu eus=Basque, fa fas pes=Persian, ff ful fuv=Fula, fi fin=Finnish,
+    fil=Filipino, fo fao=Faroese, fon=Fon, fr fra=French, fy fry=Frisian, ga gle=Irish,
+    gd gla=Scottish Gaelic, gl glg=Galician, gn grn=Guarani, gu guj=Gujarati, ha hau=Hausa,
+    he heb=Hebrew, hi hin=Hindi, hr hrv=Croatian, hsb=Upper Sorbian, ht hat=Haitian Creole,
+    hu hun=Hungarian, hy hye=Armenian, id ind=Indonesian, ig ibo=Igbo, is isl=Icelandic,
+    it ita=Italian, iu iku=Inuktitut, jv jav=Javanese, ka kat=Georgian, kg kon=Kikongo,
+    ki kik=Kikuyu, kk kaz=Kazakh, kmr ku kur=Kurdish, kn kan=Kannada, ky kir=Kyrgyz, la lat=Latin,
+    lb ltz=Luxembourgish, lg lug=Luganda, ln lin=Lingala, lt lit=Lithuanian, lv lav lvs=Latvian,
+    mai=Maithili, mg mlg plt=Malagasy, mi mri=Maori, mk mkd=Macedonian, ml mal=Malayalam,
+    mn mon khk=Mongolian, mr mar=Marathi, ms msa zsm=Malay, mt mlt=Maltese, nb nob=Norwegian Bokmål,
+    ne nep npi=Nepali, nl nld=Dutch, nn nno=Norwegian Nynorsk, no nor=Norwegian, nso=Sotho,
+    ny nya=Chichewa, oc oci=Occitan, om orm gaz=Oromo, or ori ory=Odia, pa pan=Punjabi,
+    pl pol=Polish, ps pus pbt=Pashto, pt por=Portuguese, qu que quy=Quechua, rn run=Kirundi,
+    ro ron=Romanian, ru rus=Russian, rw kin=Kinyarwanda, sa san=Sanskrit, sd snd=Sindhi,
+    si sin=Sinhala, sk slk=Slovak, sl slv=Slovenian, sn sna=Shona, so som=Somali,
+    sq sqi als=Albanian, sr srp=Serbian, st sot=Sesotho, su sun=Sundanese, sv swe=Swedish,
+    sw swa swh=Swahili, ta tam=Tamil, te tel=Telugu, tg tgk=Tajik, ti tir=Tigrinya, tk tuk=Turkmen,
+    tl tgl=Tagalog, tn tsn=Setswana, tr tur=Turkish, ts tso=Tsonga, tt tat=Tatar, tum=Tumbuka,
+    tw twi=Twi, ug uig=Uyghur, uk ukr=Ukrainian, ur urd=Urdu, uz uzb uzn=Uzbek, vi vie=Vietnamese,
+    wo wol=Wolof, xh xho=Xhosa, yi yid ydd=Yiddish, yo yor=Yoruba, zu zul=Zulu,
+    pt-BR por-BR=Brazilian Portuguese, sr-Latn srp-Latn=Serbian in Latin script, qaa=Avari,
+    qab=Belun, qac=Corith, qad=Dorva
+    """,
+}
+
+
+def read_languages(text):
+    """ "de deu=German, fr=French" -> {"de": "German", "deu": "German", "fr": "French"}"""
+    languages = {}
+    for entry in text.split(","):
+        codes, _, name = entry.strip().partition("=")
+        if not codes or not name.strip() or not name.isprintable():
+            raise InputError(f"language {entry!r}: expected a code and a name, as in de=German")
+        languages |= dict.fromkeys(codes.split(), name)
+    return languages
+
+
+LANGUAGES = read_languages(",".join(LANGUAGES_BY_TOKENIZER.values()))
+
+
+def language_name(code, languages=None):
+    """ "de", "deu", "de-AT" or "deu_Latn" -> "German"; "" for no code that is known.
+
+    languages: {code: name} beside LANGUAGES
+    """
+    known = {**LANGUAGES, **languages} if languages else LANGUAGES
+    base, *others = re.split("[-_]", code)
+    if code not in known and not re.fullmatch("([A-Z][a-z]{3})?([A-Z]{2})?", "".join(others)):
+        return ""  # what follows is no script and no region
+    return known.get(code) or known.get("-".join([base, *others])) or known.get(base, "")
+
+
+def bleu_tokenizer(code, languages=None):
+    """What sacreBLEU splits a target language by. "zho_Hans" -> "zh", "de" -> "13a" """
+    name = language_name(code, languages)
+    for tokenizer, text in LANGUAGES_BY_TOKENIZER.items():
+        if name in read_languages(text).values():
+            return tokenizer
+    return "13a"
+
+
+def split_pair(pair, languages=None):
+    """ "en-de" -> ("en", "de"), "en-pt-BR" -> ("en", "pt-BR"). InputError for unknown languages."""
+    for hyphen in re.finditer("-", pair):
+        codes = pair[: hyphen.start()], pair[hyphen.end() :]
+        first, second = (language_name(code, languages) for code in codes)
+        if first and second and first != second:
+            return codes
+    unknown = [code for code in pair.split("-") if not language_name(code, languages)]
+    if "-" in pair and unknown:
+        raise InputError(f"pair {pair!r}: no language {unknown[0]!r}; add --language CODE=NAME")
+    raise InputError(f"pair {pair!r}: expected two language codes, source first, as in en-de")
+
+
+# --------------------------------------------------------------------------------------------------
 # Parallel text
 
 
@@ -157,13 +223,10 @@ class Lines(Sequence):
     """
 
     def __init__(self, path):
-        self.path = path
-        with reading(path), open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size:
-                self.raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            else:
-                self.raw = file.read()  # a pipe, or nothing
+        self.path, self.raw = path, map_file(path)
         self.ends = np.flatnonzero(np.frombuffer(self.raw, np.uint8) == ord("\n"))
+        if len(self.ends) == 0 and b"\r" in self.raw[:-1]:
+            raise InputError(f"{path}: its lines end as old Macs wrote them, in \\r without \\n")
         if self.raw and self.raw[-1:] != b"\n":
             self.ends = np.append(self.ends, len(self.raw))
 
@@ -204,17 +267,29 @@ def read_two_files(source, target):
     return sources, targets
 
 
+NUMBER = re.compile(r"\s*[-+]?\d*\.?\d+(e[-+]?\d+)?\s*", re.IGNORECASE)
+QUOTED = re.compile('"(?:[^"]|"")*"')
+
+
 def read_columns(path, source_column):
-    """Tab-separated text of two columns; source_column is 0 or 1. -> sources, targets"""
-    columns, lines = ([], []), Lines(path)
-    for number, line in enumerate(lines, 1):
-        row = line.split("\t") if line.strip() else ["", ""]
-        if len(row) != 2:
-            where = f"{path}: line {number} of {len(lines)}"
-            raise InputError(f"{where} has {len(row)} tab-separated columns, expected 2")
-        for column, text in zip(columns, row):
-            column.append(text)
-    return columns[source_column], columns[1 - source_column]
+    """Tab-separated text, the source in column 0 or 1. -> sources, targets
+
+    Numbers after those, as of scores, are left out. Quotes go where they are a spreadsheet's: around
+    each field that has some, and doubled in it.
+    """
+    rows = [line.split("\t") if line.strip() else ["", ""] for line in Lines(path)]
+    for number, row in enumerate(rows, 1):
+        if len(row) < 2 or not all(map(NUMBER.fullmatch, row[2:])):
+            where = f"{path}: line {number} of {len(rows)} has {len(row)} tab-separated columns"
+            raise InputError(f"{where}, expected 2, and none but numbers after them")
+    if any(len(row) > 2 for row in rows):
+        note(f"{path}: numbers after two columns of text are left out")
+    quoted = [field for field in chain(*rows) if '"' in field]
+    if all(map(QUOTED.fullmatch, quoted)) and any('""' in field for field in quoted):
+        note(f"{path}: quotes around fields are taken away, as a spreadsheet has put them")
+        for row in rows:
+            row[:] = [c.replace('""', '"')[1:-1] if c.startswith('"') else c for c in row]
+    return [row[source_column] for row in rows], [row[1 - source_column] for row in rows]
 
 
 def read_translations(path, source, target):
@@ -247,7 +322,7 @@ def candidates(folder, split, source, target):
     yield [Path(f"{folder}/{split}.{source}"), Path(f"{folder}/{split}.{target}")], read_two_files
 
 
-def open_parallel(folder, split, pair):
+def open_parallel(folder, split, pair, languages=None):
     """Sentence pairs of one direction, decoded when asked for. -> ParallelText
 
     Reads {split}.{pair}.{lang}, .tsv (columns in the pair's order) or .json (ALMA's), in either
@@ -255,14 +330,14 @@ def open_parallel(folder, split, pair):
     skipped and counted. Files of one language each take 24 bytes a pair; others are read as a whole.
     """
     halves = ""
-    for paths, read in candidates(folder, split, *split_pair(pair)):
+    for paths, read in candidates(folder, split, *split_pair(pair, languages)):
         missing = [path.name for path in paths if not path.exists()]
         if not missing:
             break
         if len(missing) < len(paths):
             halves += f"; there is one side, but no {missing[0]}"
     else:
-        found = ", ".join(list_pairs(folder, split)) or "none"
+        found = ", ".join(list_pairs(folder, split, languages)) or "none"
         raise InputError(f"{folder}: no {split} text for {pair}{halves}; pairs found: {found}")
     sources, targets = read(*paths)
     kept = []
@@ -275,22 +350,25 @@ def open_parallel(folder, split, pair):
     return ParallelText((sources, targets), np.array(kept, np.int64), paths)
 
 
-def read_parallel(folder, split, pair):
+def read_parallel(folder, split, pair, languages=None):
     """All that open_parallel gives, [(source, target), ...]."""
-    return list(open_parallel(folder, split, pair))
+    return list(open_parallel(folder, split, pair, languages))
 
 
-def list_pairs(folder, split):
-    """The directions a split offers, sorted: ["de-en", "en-de"]; of languages in LANGUAGES."""
+def list_pairs(folder, split, languages=None):
+    """The directions a split offers, sorted: ["de-en", "en-de"]; of languages that are known."""
     codes = set()
     for path in Path(folder).glob(f"{split}.*"):
-        codes |= LANGUAGES.keys() & {*re.split("[.-]", path.name)}
+        name = path.name.removeprefix(f"{split}.").split(".")[0]  # of a language or a pair
+        if language_name(name, languages):
+            codes.add(name)
+        with suppress(InputError):
+            codes.update(split_pair(name, languages))
     pairs = []
     for source, target in permutations(sorted(codes), 2):
-        for paths, _ in candidates(folder, split, source, target):
-            if all(path.exists() for path in paths):
-                pairs.append(f"{source}-{target}")
-                break
+        forms = candidates(folder, split, source, target)
+        if any(all(map(Path.exists, paths)) for paths, _ in forms):
+            pairs.append(f"{source}-{target}")
     return pairs
 
 
@@ -302,22 +380,29 @@ def list_pairs(folder, split):
 # its version 1 as `tokenizers` does: \p{L}, Unicode's \s, and a class in a class is a union. Not so
 # \w, ^, $ or {2}?, and nested counts may take for ever: another regex is refused by name.
 BLOOM_SPLIT = " ?[^(\\s|[.,!?…。，、।۔،])]+"
+GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN2_SPLIT = LLAMA3_SPLIT.replace("{1,3}", "")
-SPLITS = BLOOM_SPLIT, LLAMA3_SPLIT, QWEN2_SPLIT
+NEMO_SPLIT = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+DEEPSEEK_SPLITS = "[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+"  # one after another
+SPLITS = BLOOM_SPLIT, GPT2_SPLIT, LLAMA3_SPLIT, QWEN2_SPLIT, NEMO_SPLIT, *DEEPSEEK_SPLITS
 
 
 def byte_characters():
-    """GPT-2's table from byte to printable character: itself, or U+0100 and on where unprintable.
+    """GPT-2's printable character for each byte: its own, or U+0100 and on where that is none.
 
     65 -> "A", 32 -> "Ġ", 10 -> "Ċ"
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    return dict(zip(printable + others, map(chr, [*printable, *range(256, 512)])))
+    return [chr(byte if byte in printable else 256 + others.index(byte)) for byte in range(256)]
 
 
 def steps_of(part, key):
@@ -332,11 +417,22 @@ def known_step(path, step):
     match step:
         case {"type": "NFC"}:
             return partial(unicodedata.normalize, "NFC")
-        case {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated"}:
-            if split in SPLITS:
+        case {"type": "Prepend", "prepend": str(mark)}:
+            return lambda text: text and mark + text
+        case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)} if old:
+            return lambda text: text.replace(old, new)
+        case {"type": "Metaspace", "replacement": "▁", "prepend_scheme": _}:  # see encode_between
+            return re.compile("(?=▁)" if step.get("split", True) else "(?!)").split
+        case {"type": "Digits", "individual_digits": bool(apart)}:
+            return regex.compile(r"(\p{N})" if apart else r"(\p{N}+)").split
+        case {"type": "ByteLevel", "add_prefix_space": False}:
+            split = GPT2_SPLIT if step.get("use_regex", True) else "(?!)"
+            return regex.compile(f"({split})", regex.V1).split
+        case {"type": "Split", "pattern": {"Regex": split}, "behavior": how} if split in SPLITS:
+            if how == "Isolated":
                 return regex.compile(f"({split})", regex.V1).split  # matches, what is between
-        case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}:
-            return lambda text: [text]
+            if how == "Removed" and step["invert"]:
+                return regex.compile(split, regex.V1).findall
     raise InputError(f"{path}: {step} is no step that is known here")
 
 
@@ -355,65 +451,80 @@ def ids_in_front(path, post_processor):
 
 
 class BPETokenizer:
-    """Byte-level BPE from a tokenizer.json, in plain Python: the ids of the `tokenizers` library.
+    """Byte-pair encoding from a tokenizer.json, in plain Python: the ids of the `tokenizers` library.
 
-    BLOOM's, Qwen2's and Llama-3's. InputError names what another pipeline has that these have not.
+    Over bytes, each a character of GPT-2's table (BLOOM, GPT-2, Qwen2, Llama-3), or over characters
+    with "▁" for a space, where what has no token is spelled in bytes, <0xE2> (LLaMA-2, Mistral).
+    InputError names what a file does beside. added: the folder's added tokens, {id, content, flags}
     """
 
-    target_prefix = " "
-    largest_id = 2**24
-
-    def __init__(self, path):
-        published = read_json(path)
+    def __init__(self, path, published, added):
         with reading(path):
-            model = published["model"]
-            check_options(path, published)
-            known = partial(known_step, path)
+            model, known = published["model"], partial(known_step, path)
+            steps = steps_of(published["pre_tokenizer"], "pretokenizers")
+            decoders = [step["type"] for step in steps_of(published["decoder"], "decoders")]
             self.normalizers = [*map(known, steps_of(published.get("normalizer"), "normalizers"))]
-            self.splits = [*map(known, steps_of(published["pre_tokenizer"], "pretokenizers"))]
-            self.in_front = ids_in_front(path, published.get("post_processor"))
+            self.splits = [*map(known, steps)]
+            # Where a Metaspace puts "▁": "always" in front, at the "first" word, or "never".
+            self.mark = next((s["prepend_scheme"] for s in steps if s["type"] == "Metaspace"), "")
+            self.strips = decoders[-1] == "Strip"  # decoding takes that space away
+            self.over_bytes = [step["type"] for step in steps][-1:] == ["ByteLevel"]
+            self.symbols = [f"<0x{byte:02X}>" for byte in range(256)]
+            if self.over_bytes:
+                self.symbols = byte_characters()
+            check_options(path, self, model, decoders, added)
             self.ignore_merges = model.get("ignore_merges")  # for a piece that is a token
-            self.vocabulary = model["vocab"]  # token, in byte characters -> id
+            self.vocabulary = model["vocab"]  # token -> id
             # "a b" until tokenizers 0.20, [a, b] since.
             merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
             self.ranks = {tuple(merge): rank for rank, merge in enumerate(merges)}
-            self.added, literal, normalized = {}, [], []  # those are matched in what others leave
-            for token in published["added_tokens"]:
-                if token["content"]:
-                    self.added[token["content"]] = token["id"]
-                    (normalized if token.get("normalized") else literal).append(token["content"])
+            self.added = {token["content"]: token["id"] for token in added}
+            literal = [token["content"] for token in added if not token.get("normalized")]
+            others = self.added.keys() - literal  # matched in what the normalizer makes of the rest
+            self.normalized = {self.normalize(content): self.added[content] for content in others}
+            self.split_literal, self.split_normalized = any_of(literal), any_of(self.normalized)
             self.ids = self.vocabulary | self.added
             self.tokens = {id: token for token, id in self.ids.items()}
-            smallest, self.vocab_size = min(self.tokens), max(self.tokens) + 1
-            if not 0 <= smallest < self.vocab_size <= self.largest_id:
-                raise InputError(f"{path}: ids from {smallest} to {self.vocab_size - 1}")
+            self.tokens |= {id: token for token, id in self.normalized.items()}
         for merge in self.ranks:
             if len(merge) != 2 or not {*merge, "".join(merge)} <= self.vocabulary.keys():
                 raise InputError(f"{path}: merge {merge} is not of two tokens that make a third")
-        if not {*self.in_front} <= self.tokens.keys():
-            raise InputError(f"{path}: post_processor adds {self.in_front}, which is no token")
-        bos, eos, pad = (self.added.get(token, -1) for token in ("<s>", "</s>", "<pad>"))  # BLOOM's
-        self.own_ids = {"bos": self.in_front[0] if self.in_front else bos, "eos": eos, "pad": pad}
-        self.literal, self.normalized = any_of(literal), any_of(normalized)
-        self.byte_characters = byte_characters()
-        self.character_bytes = {character: byte for byte, character in self.byte_characters.items()}
+        if not (self.over_bytes or self.ignore_merges):
+            if not any("▁" in token.lstrip("▁") for token in self.vocabulary):
+                self.splits.append(re.compile("(▁*[^▁]+)").split)  # the same ids, and words repeat
+        self.own_ids = [self.added.get(token, -1) for token in ("<s>", "</s>", "<pad>")]  # BLOOM's
+        self.bytes = {symbol: byte for byte, symbol in enumerate(self.symbols)}
         self.piece_ids = lru_cache(maxsize=1 << 18)(self.merge)  # words repeat: most are found here
+
+    def normalize(self, text):
+        for step in self.normalizers:
+            text = step(text)
+        return text
 
     def encode(self, text):
         """str -> list of ids. Added tokens in the text are matched literally, first of all."""
         ids = []
-        for part in chain.from_iterable(map(self.normalized.split, self.literal.split(text))):
-            if part in self.added:
+        for i, part in enumerate(self.split_literal(text)):  # those of odd numbers are tokens
+            if i % 2:
                 ids.append(self.added[part])
                 continue
-            for normalize in self.normalizers:
-                part = normalize(part)
-            pieces = [part]
-            for split in self.splits:
-                pieces = chain.from_iterable(map(split, pieces))
-            for piece in pieces:
-                ids += self.piece_ids(piece)
+            for j, piece in enumerate(self.split_normalized(self.normalize(part))):
+                if j % 2:
+                    ids.append(self.normalized[piece])
+                elif piece:
+                    ids += self.encode_between(piece, is_first=i == j == 0)
         return ids
+
+    def encode_between(self, text, is_first):
+        """Text without added tokens -> list of ids. is_first: no token stands before it."""
+        if self.mark:
+            text = text.replace(" ", "▁")
+            if self.mark == "always" or (self.mark == "first" and is_first):
+                text = text if text.startswith("▁") else f"▁{text}"
+        pieces = [text]
+        for split in self.splits:
+            pieces = chain.from_iterable(map(split, pieces))
+        return [*chain.from_iterable(map(self.piece_ids, pieces))]
 
     def merge(self, piece):
         """Ids of one piece: merge the pair of lowest rank, the leftmost on ties, until none is left.
@@ -421,7 +532,11 @@ class BPETokenizer:
         A heap of candidate merges over a linked list: a piece of n bytes takes n log n steps.
         str -> tuple of ids
         """
-        symbols = [self.byte_characters[byte] for byte in piece.encode("utf-8", errors="replace")]
+        symbols = []
+        for c in piece:
+            known = c in self.vocabulary and not self.over_bytes
+            raw = c.encode("utf-8", errors="replace")
+            symbols += [c] if known else [self.symbols[byte] for byte in raw]
         if self.ignore_merges and "".join(symbols) in self.vocabulary:
             return (self.vocabulary["".join(symbols)],)
         symbols = [c for c in symbols if c in self.vocabulary]  # `tokenizers` drops others, too
@@ -453,31 +568,39 @@ class BPETokenizer:
         raw = bytearray()
         for id in ids:
             token = self.tokens.get(id, "")  # ids may have gaps
-            try:
-                raw += bytes(self.character_bytes[character] for character in token)
-            except KeyError:  # an added token may hold any character
-                raw += token.encode("utf-8", errors="replace")
-        return raw.decode("utf-8", errors="replace")
+            symbols = token if self.over_bytes else [token]
+            if all(symbol in self.bytes for symbol in symbols):
+                raw += bytes(self.bytes[symbol] for symbol in symbols)
+            else:  # an added token may hold any character
+                text = token if self.over_bytes else token.replace("▁", " ")
+                raw += text.encode("utf-8", errors="replace")
+        text = raw.decode("utf-8", errors="replace")
+        return text.removeprefix(" ") if self.strips else text
 
 
 def any_of(tokens):
-    """A pattern whose .split gives those tokens and what is between; of two at a place the longer."""
+    """-> a function, str -> [text, token, text, ..., text]; of two tokens at a place, the longer."""
     longest_first = sorted(tokens, key=len, reverse=True)
-    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})").split
 
 
-def check_options(path, published):
+def check_options(path, tokenizer, model, decoders, added):
     """Refuse what changes the ids of a tokenizer.json and is not known to BPETokenizer."""
-    model, steps = published["model"], steps_of(published["pre_tokenizer"], "pretokenizers")
-    kinds = [step["type"] for step in steps], published["decoder"]["type"], model["type"]
-    expected = ["Split", "ByteLevel"], "ByteLevel", "BPE"
-    if kinds != expected:
-        raise InputError(f"{path}: pre_tokenizer, decoder, model are {kinds}, expected {expected}")
-    if model.get("ignore_merges") not in (None, False, True):
-        raise InputError(f"{path}: ignore_merges {model['ignore_merges']} is no boolean")
-    flags = ("id", "content", "special", *([] if published.get("normalizer") else ["normalized"]))
-    parts = [(path, model, ("type", "vocab", "merges", "ignore_merges", "fuse_unk"))]
-    for token in published["added_tokens"]:
+    marks = ["Replace", "ByteFallback", "Fuse"]
+    expected = [["ByteLevel"]] if tokenizer.over_bytes else [marks, [*marks, "Strip"]]
+    if model["type"] != "BPE" or decoders not in expected:
+        found = f"model {model['type']} and decoder {decoders}"
+        raise InputError(f"{path}: {found} are not known here beside this pre_tokenizer")
+    known = ["type", "vocab", "merges", "fuse_unk"]
+    if model.get("ignore_merges") is True:
+        known.append("ignore_merges")
+    if model["vocab"].keys() >= {*tokenizer.symbols}:
+        known += ["unk_token", "byte_fallback"]  # nothing is unknown
+    elif not tokenizer.over_bytes:
+        raise InputError(f"{path}: model has not all tokens of bytes, <0x00> to <0xFF>")
+    parts = [(path, model, known)]
+    for token in added:
+        flags = ("id", "content", "special", "normalized")
         parts.append((f"{path}: added token {token['content']}", token, flags))
     for where, part, known in parts:
         for key, value in part.items():
@@ -486,88 +609,154 @@ def check_options(path, published):
 
 
 class SentencePieceTokenizer:
-    """A tokenizer.model: Baichuan's, LLaMA's, Mistral's. The file's own flags treat white space."""
+    """A tokenizer.model: Baichuan's, LLaMA's, Mistral's. The file's own flags treat white space.
 
-    in_front = []  # nothing that the file says
+    Tokens that a folder adds are known by id, and not looked for in a text.
+    """
 
-    def __init__(self, path):
+    def __init__(self, path, added):
         with reading(path):
-            model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-            pieces = model.id_to_piece(list(range(model.get_piece_size())))  # all UTF-8?
-            begin = "".join(model.encode("a", out_type=str))
-        self.vocab_size = len(pieces)
-        self.ids = {piece: id for id, piece in enumerate(pieces)}
-        # LLaMA's puts a space before any text, a "dummy prefix": a second one would be a token.
-        self.target_prefix = "" if begin.startswith("▁") else " "
+            self.model = model = sentencepiece.SentencePieceProcessor(model_proto=map_file(path)[:])
+            pieces = model.id_to_piece(list(range(model.get_piece_size())))  # all of UTF-8?
+            others = [token for token in added if token["id"] >= len(pieces)]
+            self.added = {token["id"]: token["content"] for token in others}
+        self.tokens = dict(enumerate(pieces)) | self.added
+        self.ids = {token: id for id, token in self.tokens.items()}
         pad = model.pad_id() if model.pad_id() >= 0 else model.unk_id()  # LLaMA pads with <unk>
-        self.own_ids = {"bos": model.bos_id(), "eos": model.eos_id(), "pad": pad}
-        self.encode, self.decode = model.encode, model.decode
+        self.own_ids = [model.bos_id(), model.eos_id(), pad]
+        self.encode = model.encode
+
+    def decode(self, ids):
+        """List of ids -> str."""
+        text = ""
+        for is_added, run in groupby(ids, self.added.__contains__):
+            text += "".join(map(self.added.get, run)) if is_added else self.model.decode([*run])
+        return text
 
 
-# Where a folder says which token begins a text, ends it, or pads: the first that does so counts.
-SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json", "config.json"
+# How the files beside a tokenizer name a token that begins a text, ends it, or pads.
+NAMED = {
+    "special_tokens_map.json": "{}_token",
+    "tokenizer_config.json": "{}_token",
+    "config.json": "{}_token_id",
+    "generation_config.json": "{}_token_id",
+}
+# Keys of tokenizer_config.json that would change ids.
+NOT_KNOWN = "do_lower_case", "split_special_tokens", "sp_model_kwargs", "fix_mistral_regex"
+LARGEST_ID = 2**24
 
 
 def load_tokenizer(folder):
-    """The tokenizer of a published checkpoint folder.
+    """The tokenizer of a published checkpoint folder: tokenizer.json, or else tokenizer.model.
 
     -> .encode(str) -> list[int], .decode(list[int]) -> str, .bos_id, .eos_id, .pad_id, .vocab_size;
+    .end_ids: all that end a text, eos_id first;
     .prompt_prefix: [bos_id] where the folder's files ask for it, else []; encode adds none.
     .target_prefix: the space between prompt and target, "" where encode adds it.
     .paths: the files that were read, the tokenizer's own first.
     """
-    path = Path(folder) / "tokenizer.model"
-    if path.exists():
-        tokenizer = SentencePieceTokenizer(path)
-    else:
-        path = path.with_name("tokenizer.json")
-        tokenizer = BPETokenizer(path)
-    others = [path.with_name(name) for name in SPECIAL_TOKENS if path.with_name(name).exists()]
-    tokenizer.paths = [path, *others]
-    files = {other: read_json(other) for other in others}
-    tokenizer.bos_id = special_id("bos", tokenizer, files)
-    tokenizer.eos_id = special_id("eos", tokenizer, files)
-    tokenizer.pad_id = special_id("pad", tokenizer, files)
-    if tokenizer.eos_id < 0:
-        raise InputError(f"{path}: no end-of-sentence token, nor in {', '.join(SPECIAL_TOKENS)}")
-    if tokenizer.pad_id < 0:
-        tokenizer.pad_id = tokenizer.eos_id  # padding is masked: any id does
-    if tokenizer.in_front not in ([], [tokenizer.bos_id]):
+    path, model_path = Path(folder) / "tokenizer.json", Path(folder) / "tokenizer.model"
+    names = ["tokenizer.json", *NAMED, "added_tokens.json"]
+    paths = [path.with_name(name) for name in names if path.with_name(name).exists()]
+    files = {one.name: read_json(one) for one in paths}
+    added, tokenizer = added_tokens(path, files), None
+    if path.name in files:
+        try:
+            tokenizer = BPETokenizer(path, files[path.name], added)
+        except InputError as error:
+            if not model_path.exists():
+                raise
+            note(f"{error}; tokenizer.model is read instead")
+    elif not model_path.exists():
+        raise InputError(f"{folder}: no tokenizer.json and no tokenizer.model")
+    if tokenizer is None:
+        path, tokenizer = model_path, SentencePieceTokenizer(model_path, added)
+    tokenizer.paths = list(dict.fromkeys([path, *paths]))
+    with reading(path):
+        smallest, largest = min(tokenizer.tokens), max(tokenizer.tokens)
+    if not 0 <= smallest <= largest < LARGEST_ID:
         raise InputError(
-            f"{path}: post_processor adds {tokenizer.in_front}, not {tokenizer.bos_id}"
+            f"{path}: ids from {smallest} to {largest}, expected 0 to {LARGEST_ID - 1}"
         )
-    config = files.get(path.with_name("tokenizer_config.json"), {})
-    adds_bos = config.get("add_bos_token")
-    if adds_bos is None:
-        llama = config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast")
-        adds_bos = llama if path.name == "tokenizer.model" else bool(tokenizer.in_front)
-    if adds_bos not in (False, True) or (adds_bos and tokenizer.bos_id < 0):
-        raise InputError(
-            f"{path}: add_bos_token {adds_bos!r}, beginning-of-sentence {tokenizer.bos_id}"
-        )
-    tokenizer.prompt_prefix = [tokenizer.bos_id] if adds_bos else []
+    tokenizer.vocab_size = largest + 1
+    # LLaMA's puts a space before any text, a "dummy prefix": a second one would be a token.
+    begin = "".join(tokenizer.tokens[id] for id in tokenizer.encode("a"))
+    tokenizer.target_prefix = "" if begin.startswith("▁") else " "
+    frame(path, tokenizer, files)
     return tokenizer
 
 
-def special_id(kind, tokenizer, files):
-    """The id of a folder's "bos", "eos" or "pad", -1 for none.
+def added_tokens(path, files):
+    """What a folder adds to its vocabulary, in three files. -> [{id, content, flags}, ...]"""
+    tokens = {}
+    with reading(path.with_name("tokenizer_config.json")):
+        listed = files.get("tokenizer_config.json", {}).get("added_tokens_decoder", {})
+        for id, token in listed.items():
+            tokens[token["content"]] = {**token, "id": int(id)}
+    with reading(path.with_name("added_tokens.json")):
+        for content, id in files.get("added_tokens.json", {}).items():
+            tokens.setdefault(content, {"id": id, "content": content})
+    with reading(path):
+        for token in files.get(path.name, {"added_tokens": []})["added_tokens"]:
+            tokens[token["content"]] = token
+    return [token for content, token in tokens.items() if content]
 
-    files: path -> content of those of SPECIAL_TOKENS that are there
+
+def frame(path, tokenizer, files):
+    """Decide which tokens begin and end a text, from all that a folder says; as transformers 5 does.
+
+    The template of tokenizer.json alone says what stands in front; where that file is not,
+    add_bos_token does. What any file names as an end is one. Sets .prompt_prefix, .bos_id, .eos_id,
+    .end_ids, .pad_id. InputError for what contradicts, and for keys that would change ids.
     """
-    for path, content in files.items():
-        key = f"{kind}_token_id" if path.name == "config.json" else f"{kind}_token"
-        with reading(path):
-            value = content.get(key)
-            if isinstance(value, dict):
-                value = value["content"]
-            if isinstance(value, list):
-                value = value[0] if value else None  # several may end a text: the first is written
-            id = tokenizer.ids.get(value) if key.endswith("_token") else value
-        if type(id) is int and id in tokenizer.ids.values():
-            return id
-        if value is not None and kind != "pad":  # some files name no token of theirs as padding
-            raise InputError(f"{path}: {key} {value!r} is not in the tokenizer's vocabulary")
-    return tokenizer.own_ids[kind]
+    config_path = path.with_name("tokenizer_config.json")
+    config = files.get(config_path.name, {})
+    for key in NOT_KNOWN:
+        if config.get(key):
+            raise InputError(f"{config_path}: {key} is {config[key]!r}, which is not known here")
+    if config.get("add_prefix_space") not in (None, tokenizer.target_prefix == ""):
+        raise InputError(f"{config_path}: add_prefix_space is not what {path.name} does")
+    bos, eos, pad = (named_ids(kind, path, tokenizer, files) for kind in ("bos", "eos", "pad"))
+    own_bos, own_eos, own_pad = ([id] if id >= 0 else [] for id in tokenizer.own_ids)
+    if "tokenizer.json" in files:
+        with reading(path.with_name("tokenizer.json")):
+            front = ids_in_front(path, files["tokenizer.json"].get("post_processor"))
+        bos = bos or front or own_bos
+    else:
+        bos = bos or own_bos
+        adds_bos = config.get("add_bos_token")
+        if adds_bos is None:
+            adds_bos = config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast")
+        if adds_bos not in (False, True) or (adds_bos and not bos):
+            raise InputError(f"{config_path}: add_bos_token is {adds_bos!r}, the token {bos}")
+        front = bos[:1] if adds_bos else []
+    if front != bos[: len(front)] or not {*front} <= tokenizer.tokens.keys():
+        raise InputError(f"{path}: {front} begins a text, but beginning-of-sentence is {bos[:1]}")
+    tokenizer.end_ids = list(dict.fromkeys(eos + own_eos))
+    if not tokenizer.end_ids:
+        raise InputError(f"{path}: no end-of-sentence token, nor in {', '.join(NAMED)}")
+    tokenizer.prompt_prefix, tokenizer.bos_id = front, [*bos, -1][0]
+    tokenizer.eos_id = tokenizer.end_ids[0]
+    tokenizer.pad_id = [*pad, *own_pad, tokenizer.eos_id][0]  # padding is masked: any id does
+
+
+def named_ids(kind, path, tokenizer, files):
+    """Ids that a folder names as "bos", "eos" or "pad", first the one that counts."""
+    names, ids = list(NAMED), []
+    if "added_tokens_decoder" in files.get("tokenizer_config.json", {}):
+        names[:2] = names[1::-1]  # special_tokens_map.json is older then, as in transformers 5
+    for name in names:
+        key = NAMED[name].format(kind)
+        with reading(path.with_name(name)):
+            value = files.get(name, {}).get(key)
+            value = value["content"] if isinstance(value, dict) else value
+            for one in value if isinstance(value, list) else [value]:
+                id = one if key.endswith("_id") else tokenizer.ids.get(one)
+                if type(id) is int and id in tokenizer.tokens:
+                    ids.append(id)
+                elif one is not None and kind != "pad":  # some pad with a token that is not there
+                    raise InputError(f"{path.with_name(name)}: {key} {one!r} is in no vocabulary")
+    return ids
 
 
 class LineEnds(NamedTuple):
@@ -625,10 +814,14 @@ def exit_status(command, *arguments):
         return 2
 
 
+def printable(text):
+    """Without line breaks, of a file's name or of the rarer kinds, and what steers a terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def note(text):
-    """One line on stderr: without line breaks of a file's name, or what would steer a terminal."""
-    shown = [c if c.isprintable() else ascii(c)[1:-1] for c in text]
-    print("".join(shown), file=sys.stderr)
+    """One line on stderr."""
+    print(printable(text), file=sys.stderr)
 
 
 @contextmanager
@@ -643,14 +836,26 @@ def reading(path):
         raise
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except Exception as error:  # RecursionError, struct.error, SafetensorError, ...
+    except Exception as error:  # RecursionError, SafetensorError, ...
         raise InputError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
+
+
+def map_file(path):
+    """A file's bytes, which stay on disk; a pipe's in memory."""
+    with reading(path), open(path, "rb") as file:
+        sized = os.fstat(file.fileno()).st_size
+        raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if sized else file.read()
+    if raw[:23] == b"version https://git-lfs":
+        raise InputError(
+            f"{path}: a Git LFS pointer; git lfs pull, or hf download, fetches the file"
+        )
+    return raw
 
 
 def read_json(path):
     """The JSON in a file, UTF-8. InputError where it is none."""
     with reading(path):
-        return parse_json(Path(path).read_text("utf-8-sig"))
+        return parse_json(map_file(path)[:].decode("utf-8-sig"))
 
 
 def parse_json(text):
@@ -668,6 +873,7 @@ def read_lines(path):
 
 def open_safetensors(path):
     """A safetensors file, memory-mapped. InputError where it is none."""
+    map_file(path)  # names a Git LFS pointer
     with reading(path):
         return safe_open(path, framework="pt")
 
@@ -695,11 +901,12 @@ def replacing(path):
 
 def write_text(path, text):
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_lines(path, lines):
-    write_text(path, "".join(f"{line}\n" for line in lines))
+    """A line each for every reader: what only some take for a line's end becomes a space."""
+    write_text(path, "".join(f"{' '.join(line.splitlines())}\n" for line in lines))
 
 
 def json_text(value, indent=""):
@@ -724,14 +931,21 @@ def write_tensors(path, tensors):
 
 
 def fingerprint(path):
-    """SHA-256 of a file; of safetensors header and size, as reading 14 GB takes more than it tells."""
-    with reading(path), open(path, "rb") as file:
-        if path.suffix != ".safetensors":
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        size = os.fstat(file.fileno()).st_size
-        header = int.from_bytes(file.read(8), "little")
-        digest = hashlib.sha256(file.read(min(header, size))).hexdigest()
-        return f"{digest}, {size} bytes"
+    """The SHA-256 of a file's content; of safetensors header, size and some bytes of each tensor.
+
+    Reading 14 GB would take longer than it tells. Sisters, as bloom and bloomz, differ in each tensor.
+    """
+    raw = map_file(path)
+    if path.suffix != ".safetensors":
+        return hashlib.sha256(raw).hexdigest()
+    with reading(path):
+        start = 8 + int.from_bytes(raw[:8], "little")
+        digest = hashlib.sha256(raw[:start])
+        for name, tensor in json.loads(raw[8:start]).items():
+            if name != "__metadata__":
+                middle = start + sum(tensor["data_offsets"]) // 2
+                digest.update(raw[middle - 64 : middle + 64])
+    return f"{digest.hexdigest()}, {len(raw)} bytes"
 
 
 @contextmanager
@@ -747,7 +961,7 @@ def locked(folder):
         links_elsewhere = entry.is_symlink() and (entry == path or entry.is_dir())
         if links_elsewhere or (entry == path and not entry.is_file()):
             raise InputError(f"{entry}: a link, or no regular file; a run writes to its own alone")
-    with open(path, "a+") as file:
+    with open(path, "a+", errors="replace") as file:
         try:
             portalocker.lock(file, portalocker.LOCK_EX | portalocker.LOCK_NB)  # freed when we die
             if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
@@ -763,7 +977,7 @@ def locked(folder):
         if (folder / "args.json").is_file():  # a run's own
             for pattern in (f"*{HALF_WRITTEN}", f"*/*{HALF_WRITTEN}", ".tmp??????"):  # safetensors'
                 for left_over in folder.glob(pattern):
-                    if stat.S_ISREG(left_over.lstat().st_mode):
+                    if left_over.is_file() and not left_over.is_symlink():
                         left_over.unlink()
         try:
             yield
