@@ -71,7 +71,7 @@ def tokenizer_json(lines, **pipeline):
     """Contents of a tokenizer.json like BLOOM's that knows all bytes, and the words of some lines."""
     characters = byte_characters()
     special = ["<unk>", "<s>", "</s>", "<pad>"]
-    vocabulary = {token: id for id, token in enumerate([*special, *characters.values()])}
+    vocabulary = {token: id for id, token in enumerate([*special, *characters])}
     merges = []
     for piece in re.findall(r" ?\w+", "\n".join(lines)):
         word = "".join(characters[byte] for byte in piece.encode())
