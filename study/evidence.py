@@ -66,7 +66,7 @@ def bleu(sums):
     words, reference = np.maximum(sums[..., 0], 1e-9), sums[..., 1]
     brevity = np.minimum(1, np.exp(1 - reference / words))
     score = 100 * brevity * np.exp(np.log(precisions).mean(-1))
-    return np.where((totals == 0).any(-1), 0, score)
+    return np.where((totals == 0).any(-1) | (matches == 0).all(-1), 0, score)
 
 
 def read_grid(out):

@@ -4,14 +4,16 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from sacrebleu.metrics import BLEU
 from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lander
 from data import make_batch
-from study import compare, methods
+from study import compare, evidence, methods
 from test_lander import PAIRS, Letters, arguments, assert_close, batched, padded_ids
 from test_lander import random_examples, tiny_decoder, world
 
@@ -329,3 +331,134 @@ def test_losses_of_sentences_are_those_of_the_set(prepared):
         alone = lander.target_loss(model, make_batch([examples[3]], 0)).item()
         assert losses[pair][3].item() == pytest.approx(alone, rel=1e-4)
     assert len(losses) == 3
+
+
+def test_a_grid(world, tmp_path, monkeypatch, capsys):
+    """Cells that are run twice; a keeper that changes nothing; other pairs translated in every cell."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    words = arguments(world, "--steps", "3", "--eval-pairs", "qaa-qab,qab-qaa", "--out", "grid")
+    words += ["--rates", "0.01", "--methods"]
+    names = (
+        "lora-all,lora-all+kl=1,lander:7+replay,attention+decay=1,attention+fisher=1,scripts,full"
+    )
+    assert compare.main([*words, names]) == 0, capsys.readouterr().err
+    cells = {line["method"]: line for line in compare.read_results(Path("grid"))}
+    assert list(cells) == names.split(",")
+    losses = {line["valid_loss"]["qaa-qab"] for line in cells.values()}
+    assert len(losses) == len(cells)
+    drift = {name: sum(line["kl"].values()) for name, line in cells.items()}
+    assert drift["lora-all+kl=1"] < drift["lora-all"] and min(drift.values()) > 0
+    for line in cells.values():
+        assert set(line["after"]) == {"qaa-qab"} and set(line["kl"]) == {"qac-qab", "qab-qaa"}
+        assert set(line["valid_loss"]) == {"qaa-qab", "qac-qab", "qab-qaa"}
+    before = Path("grid/results.jsonl").read_text()
+    assert compare.main([*words, names]) == 0
+    assert Path("grid/results.jsonl").read_text() == before
+    assert compare.main([*words, "full", "--chosen"]) == 0
+    (chosen,) = compare.read_results(Path("grid"), "chosen.jsonl")
+    assert set(chosen["after"]) == {"qaa-qab", "qab-qaa"}
+    for what in ("valid_loss", "kl"):  # the same training, to the bit
+        assert chosen[what] == cells["full"][what]
+    grid = evidence.read_grid(Path("grid"))
+    for line, gain, same in zip(grid.lines, grid.gain, grid.loss["same target"]):
+        start = line["before"]["qaa-qab"]["bleu"]
+        assert gain[0] == pytest.approx(line["after"]["qaa-qab"]["bleu"] - start, abs=2e-3)
+        base = json.loads(Path("grid/before.json").read_text())["valid_loss"]["qac-qab"]
+        assert same[0] == pytest.approx(line["valid_loss"]["qac-qab"] - base, abs=2e-3)
+    capsys.readouterr()
+    assert evidence.main(["grid"]) == 0
+    table = capsys.readouterr().out
+    for name in names.split(","):
+        assert f"| {name} " in table
+    assert Path("grid/front.svg").exists()
+    assert compare.main([*words, "lora-al"]) == 2
+    assert "'lora-al'" in capsys.readouterr().err
+    assert compare.main([*words, "lora-all", "--layers", "1"]) == 2
+    assert "grid.json: a grid with other settings" in capsys.readouterr().err
+
+
+def test_pairs_tuned_each_and_in_turn(world, tmp_path, monkeypatch, capsys):
+    """In-turn that starts anew for each pair, or trains on another pair's text."""
+    monkeypatch.chdir(tmp_path)
+    words = arguments(world, "--steps", "3", "--eval-pairs", "qaa-qab,qab-qaa")
+    words += ["--rates", "0.01", "--methods", "attention", "--pair", "qaa-qab,qab-qaa"]
+    for tune in ("each", "in-turn"):
+        assert compare.main([*words, "--out", tune, "--tune", tune]) == 0, capsys.readouterr().err
+    each = compare.read_results(Path("each"))
+    (turn,) = compare.read_results(Path("in-turn"))
+    assert [line["pairs"] for line in each] == [["qaa-qab"], ["qab-qaa"]]
+    assert list(turn["stages"]) == turn["pairs"] == ["qaa-qab", "qab-qaa"]
+    first = turn["stages"]["qaa-qab"]
+    assert first["qaa-qab"] == each[0]["after"]["qaa-qab"]  # the first pair is tuned as it is alone
+    assert turn["stages"]["qab-qaa"] == turn["after"]
+    assert turn["valid_loss"]["qab-qaa"] != each[1]["valid_loss"]["qab-qaa"]
+    assert list(compare.forgetting([turn])["attention"]) == ["qaa-qab", "qab-qaa"]
+
+
+# --------------------------------------------------------------------------------------------------
+# The statistic
+
+
+def test_the_monotone_fit_by_hand():
+    """A running maximum, which rewards noise; a fit in the order of the rates."""
+    ones = np.ones(4)
+    x, y = evidence.monotone(np.array([1.0, 2, 3, 4]), np.array([0.0, 4, 2, 5]), ones)
+    assert list(x) == [1, 2, 3, 4] and list(y) == [0, 3, 3, 5]
+    _, y = evidence.monotone(np.array([4.0, 3, 2, 1]), np.array([0.0, 4, 2, 5]), ones)
+    assert list(y) == [2.75] * 4
+    _, y = evidence.monotone(np.array([1.0, 2]), np.array([4.0, 1]), np.array([2.0, 1]))
+    assert list(y) == [3, 3]
+
+
+def test_gain_at_an_equal_loss():
+    """A gain promised where every cell loses more; a seed that was not drawn."""
+    x, y = np.array([0.1, 0.3, 0.5]), np.array([10.0, 20.0, 40.0])
+    ones = np.ones(3)
+    assert evidence.gain_at(x, y, ones, 0.2) == pytest.approx(15)
+    assert evidence.gain_at(x, y, ones, 0.9) == 40
+    assert np.isnan(evidence.gain_at(x, y, ones, 0.05))
+    assert np.isnan(evidence.gain_at(x, y, np.array([0.0, 1, 1]), 0.2))
+
+
+def test_bleu_of_counts_is_sacrebleus():
+    """Counts that are added up otherwise than sacreBLEU's, short and empty sentences, no match at all."""
+    lines = ["a b c d e", "a b", "", "x a b c y z", "the a b c d e f g"]
+    references = ["a b c d f", "a b c", "a", "a b c q", "the a b c d e f g"]
+    for own in (lines, ["q w r t y"] * 5, ["a b u i o"] * 5, [""] * 5):
+        counts = compare.bleu_counts("en-de", own, references).double().numpy()
+        ours = evidence.bleu(evidence.with_totals(counts).sum(0))
+        assert ours == pytest.approx(BLEU().corpus_score(own, [references]).score, abs=1e-6)
+
+
+def test_rates_above_the_best_are_left_out():
+    """A method that is punished for a rate that nobody would choose."""
+    lines = []
+    for rate, loss in ((0.1, 2.0), (0.3, 1.0), (0.9, 4.0)):
+        for method in ("full", "full+decay=2"):
+            line = {
+                "method": method,
+                "rate": rate,
+                "pairs": ["en-de"],
+                "valid_loss": {"en-de": loss},
+            }
+            lines.append(line)
+    assert evidence.sensible(lines) == {"full": [0, 2], "full+decay": [1, 3]}
+
+
+def test_two_methods_share_their_draws():
+    """Unpaired draws: an interval of a difference as wide as two methods' together."""
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=evidence.DRAWS)
+    loss = {"other target": np.tile([[0.0], [0.1]] * 2, evidence.DRAWS)}
+    gain = np.stack([noise, noise + 1, noise + 2, noise + 3])
+    lines = []
+    for method in ("lander", "full"):
+        for rate in (0.1, 0.2):
+            line = {"method": method, "rate": rate, "seed": 0, "pairs": ["en-de"]}
+            lines.append(line | {"valid_loss": {"en-de": 1 - rate}})
+    grid = evidence.Grid("ground", lines, gain, loss, np.ones((4, evidence.DRAWS)))
+    found = evidence.differences(grid, "lander", 0.05)
+    assert list(found) == ["full"] and np.allclose(found["full"], -2)
+    assert evidence.verdict(found["full"]) == "below"
+    assert evidence.interval(found["full"]) == "-2.0 (-2.0 to -2.0)"
