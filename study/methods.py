@@ -264,7 +264,8 @@ class Selected(nn.Module):
         return self.start.index_copy(self.dimension, self.index, part.to(self.start.dtype))
 
     def right_inverse(self, weight):
-        return weight.index_select(self.dimension, self.index).float()
+        # As a sequence: a parametrization of one tensor may not be of another type.
+        return [weight.index_select(self.dimension, self.index).float()]
 
 
 def learn_part(model, name, dimension, index):
@@ -275,7 +276,7 @@ def learn_part(model, name, dimension, index):
     part = Selected(start, dimension, index)
     parametrize.register_parametrization(module, kind, part, unsafe=True)  # the part is in fp32
     whole = getattr(module.parametrizations, kind)
-    return {f"{place}.parametrizations.{kind}.original": whole.original}
+    return {f"{place}.parametrizations.{kind}.original0": whole.original0}
 
 
 def attention_channels(model, context, layers, learn):

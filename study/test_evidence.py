@@ -78,6 +78,16 @@ def test_each_method_starts_at_the_base_model(name, kind):
     assert moved == set(learners["en-de"])
 
 
+@pytest.mark.parametrize("name", NEW)
+def test_what_learns_in_16_bits_is_a_master_in_32(name):
+    """Steps that are lost in rounding; activations that turn into fp32, at twice the time."""
+    decoder = tiny_decoder("llama", layers=4).bfloat16()
+    learners = methods.METHODS[name](decoder, small_context(decoder))
+    methods.route(decoder, "en-de")
+    assert {p.dtype for p in learners["en-de"].values()} == {torch.float32}
+    assert decoder(*padded_ids(90, "right")).dtype == torch.bfloat16
+
+
 def test_units_by_chance_are_as_many():
     """A choice by awareness that trains more weights than the choice by chance that it is held against."""
     sizes = []
@@ -144,7 +154,7 @@ def test_the_scripts_train_rows_of_general_units_and_of_two_languages():
     batches = batched(random_examples(6))
     lander.target_loss(plain, batches[0]).backward()
     learners = methods.METHODS["scripts"](decoder, context)
-    long_name = f"{name}.parametrizations.weight.original"
+    long_name = f"{name}.parametrizations.weight.original0"
     part = learners["en-de"][long_name]
     rows = decoder.get_submodule(name).parametrizations.weight[0].index
     assert not set(owned["cs"].tolist()) & set(rows.tolist())
