@@ -114,7 +114,8 @@ def plan(examples, others, recipe, settings):
 
     examples, others: tuned and replayed pair -> sequence. The scripts mix all tuned pairs in a step.
     """
-    batch, seed = settings.batch, settings.seed
+    batch = settings.batch
+    seed = settings.seed
     count = lander.count_steps(examples, settings)
     if recipe.name == "scripts":
         size = math.ceil(batch / len(examples))
@@ -137,7 +138,7 @@ def train(model, context, learners, start, pairs, recipe):
 
     start: name -> what a parameter was before training
     """
-    settings, pad_id = context.settings, context.tokenizer.pad_id
+    settings = context.settings
     tuned = {pair: context.inputs.train[pair] for pair in pairs}
     settings = replace(settings, steps=lander.count_steps(tuned, settings))
     if recipe.size:
@@ -145,8 +146,8 @@ def train(model, context, learners, start, pairs, recipe):
             size = min(recipe.size, len(own))
             tuned[pair] = random.Random(settings.seed).sample(own, size)
     others = {pair: own for pair, own in context.inputs.scoring.items() if pair not in pairs}
-    steps = plan(tuned, others, recipe, settings)
     text = others | tuned
+    steps = plan(tuned, others, recipe, settings)
     parameters = lander.merged({pair: learners[pair] for pair in pairs})
     strengths = keeper_strengths(model, parameters, others, recipe)
     kept = [example for pair in others for example in context.start_text["train"].get(pair, [])]
@@ -161,22 +162,11 @@ def train(model, context, learners, start, pairs, recipe):
         model.requires_grad_(False)
         for parameter in own.values():
             parameter.requires_grad_(True)
-        batches = []  # (pair, Batch)
-        for pair, numbers in turns:
-            chosen = [example for example in map(text[pair].__getitem__, numbers) if example]
-            made = make_batches(chosen, pad_id, settings.micro_tokens)
-            batches += [(pair, batch) for batch in made]
-        tokens = lander.count_targets(batch for _, batch in batches)
-        for pair, batch in batches:
-            methods.route(model, pair)
-            (lander.target_loss(model, batch) / tokens).backward()
+        examples = {pair: [text[pair][i] for i in numbers] for pair, numbers in turns}
+        add_gradients(model, context, examples)
         if recipe.kl is not None:
-            methods.route(model, None)
             chosen = rng.sample(kept, min(KEPT_SENTENCES, len(kept)))
-            made = list(make_batches(chosen, pad_id, settings.micro_tokens))
-            for batch in made:
-                drift = methods.kl_from_start(model, batch, parameters, start)
-                (recipe.kl * drift / lander.count_targets(made)).backward()
+            add_kl_gradients(model, context, chosen, parameters, start, recipe.kl)
         norm = torch.nn.utils.clip_grad_norm_(own.values(), lander.CLIP_NORM)
         if norm.isfinite():
             optimizer.step()
@@ -185,6 +175,32 @@ def train(model, context, learners, start, pairs, recipe):
         optimizer.zero_grad(set_to_none=True)
         progress.add(1)
     model.requires_grad_(False)
+
+
+def micro_batches(context, examples):
+    """Batches of those that are not too long: these are None."""
+    fitting = [example for example in examples if example]
+    return list(make_batches(fitting, context.tokenizer.pad_id, context.settings.micro_tokens))
+
+
+def add_gradients(model, context, examples):
+    """Of the loss of a target token. examples: pair -> those of a step"""
+    batches = {pair: micro_batches(context, own) for pair, own in examples.items()}
+    tokens = sum(lander.count_targets(own) for own in batches.values())
+    for pair, own in batches.items():
+        methods.route(model, pair)
+        for batch in own:
+            (lander.target_loss(model, batch) / tokens).backward()
+
+
+def add_kl_gradients(model, context, examples, parameters, start, weight):
+    """Of weight * KL(start || now) of a target token."""
+    batches = micro_batches(context, examples)
+    tokens = lander.count_targets(batches)
+    methods.route(model, None)
+    for batch in batches:
+        drift = methods.kl_from_start(model, batch, parameters, start)
+        (weight * drift / tokens).backward()
 
 
 FISHER_SENTENCES = 20  # of each other pair
@@ -282,20 +298,19 @@ def drift_from_start(model, context, parameters, start):
     found = {}
     methods.route(model, None)
     for pair, examples in context.start_text["valid"].items():
-        if pair in context.tuned:
-            continue
-        batches = make_batches(examples, context.tokenizer.pad_id, context.settings.micro_tokens)
-        total, tokens = 0.0, 0
-        for batch in batches:
-            total += methods.kl_from_start(model, batch, parameters, start).item()
-            tokens += lander.count_targets([batch])
-        found[pair] = total / tokens
+        if pair not in context.tuned:
+            batches = micro_batches(context, examples)
+            total = 0.0
+            for batch in batches:
+                total += methods.kl_from_start(model, batch, parameters, start).item()
+            found[pair] = total / lander.count_targets(batches)
     return found
 
 
 def evaluate(model, context, pairs, folder):
     """-> {pair: {"bleu", "chrf"}}, and {pair: what BLEU counts in each sentence}; writes hypotheses."""
-    scores, counts = {}, {}
+    scores = {}
+    counts = {}
     for pair in pairs:
         text = context.inputs.test[pair]
         path = folder / f"{pair}.txt"
@@ -372,14 +387,16 @@ def prepare(settings, out):
     adjacent = methods.adjacent_layers(scores["differences with targets"], settings.layers)
     context = Context(settings, tokenizer, inputs, tuned, differences, neurons, channels)
     context = context._replace(adjacent=adjacent, languages=languages)
-    valid, translated = read_valid(context), {"train": {}, "valid": {}}
-    context = context._replace(valid=valid, start_text=translated)
+    context = context._replace(valid=read_valid(context))
     path = out / "start.json"  # the start's own translations
     if not path.exists():
         write_json(path, translate_sources(model, context))
+    translated = {}
     for split, pairs in read_json(path, {}).items():
+        translated[split] = {}
         for pair, text in pairs.items():
             translated[split][pair] = [render(tokenizer, pair, *both) for both in text]
+    context = context._replace(start_text=translated)
     if not (out / "before.json").exists():
         write_before(model, context, out)
     return context
@@ -441,7 +458,8 @@ def translate_sources(model, context):
 def write_before(model, context, out):
     """What every pair has before training: before.json, and sentences.safetensors of each pair."""
     scores, counts = evaluate(model, context, context.inputs.test, out / "before")
-    losses, tokens = sentence_losses(model, context), target_tokens(context)
+    losses = sentence_losses(model, context)
+    tokens = target_tokens(context)
     tensors = {f"before {pair} bleu": own for pair, own in counts.items()}
     for pair in losses:
         tensors |= {f"before {pair} loss": losses[pair], f"before {pair} tokens": tokens[pair]}

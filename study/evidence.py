@@ -274,7 +274,7 @@ def show_choice(grids):
             if aware not in rates or chance not in rates:
                 continue
             row = [f"{aware} - {chance}", grid.name]
-            cells = {}
+            cells = {}  # of each at its best rate
             for name in (aware, chance):
                 best = compare.best_rate(rates[name])
                 cells[name] = [
