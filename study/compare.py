@@ -552,19 +552,16 @@ def key(line):
     return Cell(line["method"], line["rate"], line["seed"], tuple(line["pairs"]))
 
 
-def gains(line):
-    """Mean change of BLEU: of the tuned pairs, of all others, and of those into the same language
+def gains(line, metric="bleu"):
+    """Mean change of a score: of the tuned pairs, of all others, and of those into the same language
     as a tuned pair and those into another. NaN for none."""
-    into = {split_pair(pair)[1] for pair in line["pairs"]}
     kinds = {"tuned": [], "others": [], "same target": [], "other target": []}
     for pair, after in line["after"].items():
-        change = after["bleu"] - line["before"][pair]["bleu"]
-        if pair in line["pairs"]:
-            kinds["tuned"].append(change)
-        else:
+        change = after[metric] - line["before"][pair][metric]
+        kind = kind_of(pair, line["pairs"])
+        kinds[kind].append(change)
+        if kind != "tuned":
             kinds["others"].append(change)
-            same = split_pair(pair)[1] in into
-            kinds["same target" if same else "other target"].append(change)
     return {kind: mean(own) if own else math.nan for kind, own in kinds.items()}
 
 
