@@ -303,11 +303,17 @@ def test_replay_is_spread_over_the_training():
 
 
 @pytest.fixture
-def prepared(world, tmp_path, monkeypatch):
+def here(tmp_path, monkeypatch):
+    """A folder of one's own, and little for the start to translate."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare, "START_SENTENCES", {"train": 6, "valid": 3})
+
+
+@pytest.fixture
+def prepared(world, here):
     words = arguments(world, "--steps", "5", "--micro-tokens", "300")
     settings = lander.Settings(**lander.parse_arguments(words))
-    (tmp_path / "grid").mkdir()
+    Path("grid").mkdir()
     return compare.prepare(settings, Path("grid"))
 
 
@@ -343,10 +349,9 @@ def test_losses_of_sentences_are_those_of_the_set(prepared):
     assert len(losses) == 3
 
 
-def test_a_grid(world, tmp_path, monkeypatch, capsys):
+def test_a_grid(world, here, capsys):
     """Cells that are run twice; a keeper that changes nothing; other pairs translated in every cell."""
     pytest.importorskip("matplotlib")
-    monkeypatch.chdir(tmp_path)
     words = arguments(world, "--steps", "3", "--eval-pairs", "qaa-qab,qab-qaa", "--out", "grid")
     words += ["--rates", "0.01", "--methods"]
     names = (
@@ -388,9 +393,8 @@ def test_a_grid(world, tmp_path, monkeypatch, capsys):
     assert "grid.json: a grid with other settings" in capsys.readouterr().err
 
 
-def test_pairs_tuned_each_and_in_turn(world, tmp_path, monkeypatch, capsys):
+def test_pairs_tuned_each_and_in_turn(world, here, capsys):
     """In-turn that starts anew for each pair, or trains on another pair's text."""
-    monkeypatch.chdir(tmp_path)
     words = arguments(world, "--steps", "3", "--eval-pairs", "qaa-qab,qab-qaa")
     words += ["--rates", "0.01", "--methods", "attention", "--pair", "qaa-qab,qab-qaa"]
     for tune in ("each", "in-turn"):
