@@ -53,17 +53,18 @@ SIZES = "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
 FAMILIES = {
     "bloom": {"model_type": "bloom"},
     "llama": {"model_type": "llama"},
-    "baichuan": {"model_type": "baichuan", "max_position_embeddings": 4096},
-    "baichuan-13b": {"model_type": "baichuan"},  # ALiBi
+    "baichuan": {"model_type": "baichuan", "max_position_embeddings": 4096, "z_loss_weight": 0},
+    "baichuan-13b": {"model_type": "baichuan", "z_loss_weight": 0},  # ALiBi
 }
 
 
 def shape_config(shape, family="bloom"):
     """ "D,L,H,V" or "D,L,H,V,F" -> Config. LLaMA's as of LLaMA 3: four query heads share a key's."""
     sizes = dict(zip(SIZES, map(int, shape.split(","))))
-    published = {"intermediate_size": sizes["hidden_size"] * 7 // 2} | FAMILIES[family] | sizes
+    published = FAMILIES[family] | sizes
     if family == "llama":
         published["num_key_value_heads"] = sizes["num_attention_heads"] // 4
+        published.setdefault("intermediate_size", sizes["hidden_size"] * 7 // 2)
     return Config.from_json(published)
 
 

@@ -35,25 +35,19 @@ NAMES = {
 }
 
 
-def published_name(name):
-    """ "blk.3.attn_q.weight" -> "model.layers.3.self_attn.q_proj.weight" """
-    *layer, part, kind = name.removeprefix("blk.").split(".")
-    prefix = f"model.layers.{layer[0]}." if layer else ""
-    return f"{prefix}{NAMES[part]}.{kind}"
-
-
 def read_weights(reader, config):
     """-> published name -> tensor, fp32"""
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     tensors = {}
     for stored in reader.tensors:
+        *layer, part, kind = stored.name.removeprefix("blk.").split(".")
         weight = torch.tensor(gguf.dequantize(stored.data, stored.tensor_type))
-        part = stored.name.split(".")[-2]
         if part in heads:
             # llama.cpp has a rotary pair's rows side by side, published files half a head apart.
             paired = weight.view(heads[part], -1, 2, weight.shape[1])
             weight = paired.transpose(1, 2).reshape(weight.shape)
-        tensors[published_name(stored.name)] = weight
+        prefix = f"model.layers.{layer[0]}." if layer else ""
+        tensors[f"{prefix}{NAMES[part]}.{kind}"] = weight
     return tensors
 
 
@@ -90,6 +84,7 @@ def convert(folder):
     vocabulary = {token: id for id, token in enumerate(tokens)}
     merges = [merge.split(" ") for merge in say("tokenizer.ggml.merges")]
     tokenizer = {
+        "version": "1.0",
         "added_tokens": [token | flags | {"special": True} for token in special],
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
