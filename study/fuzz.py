@@ -34,7 +34,7 @@ from data import BLOOM_SPLIT, byte_characters, load_tokenizer, read_tensors, wri
 from model import Config, Decoder, save_model
 from study import demo
 
-SECONDS, BYTES = 20, 2 * 2**30
+SECONDS, MEMORY = 20, 2 * 2**30
 
 
 # --------------------------------------------------------------------------------------------------
@@ -45,33 +45,68 @@ SIZES = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, interme
 CONFIGS = {
     "bloom": dict(model_type="bloom", n_embed=16, n_layer=3, n_head=2),
     "baichuan": dict(model_type="baichuan", model_max_length=512, z_loss_weight=0, **SIZES),
+    "llama": dict(model_type="llama", **SIZES),
     "qwen2": dict(model_type="qwen2", num_key_value_heads=1, eos_token_id=[2, 3], **SIZES),
+    "qwen3": dict(model_type="qwen3", num_key_value_heads=1, head_dim=6, **SIZES),
+    "gpt2": dict(model_type="gpt2", n_embd=16, n_layer=3, n_head=2, n_positions=1024),
 }
 # Beside the tokenizer's own file, which says nothing of these.
 NAMED = {
-    "bloom": {},
     "baichuan": {"tokenizer_class": "LlamaTokenizer", "eos_token": {"content": "</s>"}},
     "qwen2": {"bos_token": "<s>", "eos_token": None, "add_bos_token": True},
 }
+SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
+SPELLED = [*SPECIAL, *[f"<0x{byte:02X}>" for byte in range(256)], "▁", "a", "n", "an", "▁an"]
+SPLIT = {
+    "type": "Split",
+    "pattern": {"Regex": BLOOM_SPLIT},
+    "behavior": "Isolated",
+    "invert": False,
+}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
 TEMPLATE = {
     "type": "TemplateProcessing",
     "single": [{"SpecialToken": {"id": "<s>"}}, {"Sequence": {"id": "A"}}],
     "special_tokens": {"<s>": {"ids": [1]}},
 }
+# What tokenizer.json has where it is not like BLOOM's. Baichuan has a tokenizer.model.
 PIPELINES = {
     "bloom": {},
+    "llama": {
+        "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first"},
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                *[{"type": "ByteFallback"}, {"type": "Fuse"}],
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "vocab": {token: id for id, token in enumerate(SPELLED)},
+            "merges": [["a", "n"], ["▁", "an"]],
+            "byte_fallback": True,
+        },
+    },
     "qwen2": {
         "normalizer": {"type": "NFC"},
         "post_processor": {"type": "Sequence", "processors": [{"type": "ByteLevel"}, TEMPLATE]},
     },
+    "qwen3": {
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [{"type": "Digits", "individual_digits": True}, SPLIT, BYTES],
+        }
+    },
+    "gpt2": {"pre_tokenizer": {**BYTES, "use_regex": True}},
 }
 
 
 def tokenizer_json(lines, **pipeline):
     """Contents of a tokenizer.json like BLOOM's that knows all bytes, and the words of some lines."""
     characters = byte_characters()
-    special = ["<unk>", "<s>", "</s>", "<pad>"]
-    vocabulary = {token: id for id, token in enumerate([*special, *characters])}
+    vocabulary = {token: id for id, token in enumerate([*SPECIAL, *characters])}
     merges = []
     for piece in re.findall(r" ?\w+", "\n".join(lines)):
         word = "".join(characters[byte] for byte in piece.encode())
@@ -79,12 +114,9 @@ def tokenizer_json(lines, **pipeline):
             if word[:end] not in vocabulary:
                 vocabulary[word[:end]] = len(vocabulary)
                 merges.append([word[: end - 1], word[end - 1]])
-    split = {"type": "Split", "pattern": {"Regex": BLOOM_SPLIT}}
-    split |= {"behavior": "Isolated", "invert": False}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
     return {
-        "added_tokens": [{"id": id, "content": token} for id, token in enumerate(special)],
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "added_tokens": [{"id": id, "content": token} for id, token in enumerate(SPECIAL)],
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [SPLIT, BYTES]},
         "decoder": {"type": "ByteLevel"},
         "model": {"type": "BPE", "vocab": vocabulary, "merges": merges},
         **pipeline,
@@ -92,7 +124,7 @@ def tokenizer_json(lines, **pipeline):
 
 
 def build(folder):
-    """Three checkpoints, one in shards, text in three forms, finished and broken-off runs."""
+    """A checkpoint of each family, one in shards, text in three forms, finished and broken-off runs."""
     meanings = demo.toy_meanings(9, seed=0)
     text = demo.toy_text(meanings)
     demo.write_text(folder / "data", dict.fromkeys(("train", "valid", "test"), meanings[:6]))
@@ -112,7 +144,7 @@ def build(folder):
         else:
             demo.train_tokenizer(folder / name, demo.prompts({c: text[c] for c in ("qaa", "qab")}))
         for file in ("tokenizer_config.json", "special_tokens_map.json"):
-            write_json(folder / name / file, NAMED[name] | {"pad_token": "<unk>"})
+            write_json(folder / name / file, NAMED.get(name, {}) | {"pad_token": "<unk>"})
         size = load_tokenizer(folder / name).vocab_size
         save_model(Decoder(Config.from_json(config | {"vocab_size": size})), folder / name)
     shard = (folder / "bloom/model.safetensors").rename(folder / "bloom/shard.safetensors")
@@ -363,7 +395,7 @@ def check(world, number, seed=0):
     _, status, usage = os.wait4(child, 0)
     if status:
         outcome = f"the process ended with {os.waitstatus_to_exitcode(status)}"
-    elif usage.ru_maxrss * 1024 > BYTES:
+    elif usage.ru_maxrss * 1024 > MEMORY:
         outcome = f"{usage.ru_maxrss} KiB"
     after = listing(world)
     changed = [file for file in before | after if before.get(file) != after.get(file)]
