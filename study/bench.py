@@ -25,7 +25,6 @@ import tempfile
 import time
 import warnings
 import weakref
-import zlib
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -40,13 +39,41 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lander
 from data import InputError, exit_status, fingerprint, first_line, line_ends, load_tokenizer
-from data import make_batch, make_batches, read_lines, read_parallel, render, split_pair, write_json
-from model import PROMPTS_AT_ONCE, Cache, Config, cast_once, load_model, save_model, to_published
-from study.shapes import FAMILIES, random_decoder, shape_config, write_shards
+from data import make_batch, make_batches, read_lines, read_parallel, render, split_pair
+from data import write_json, write_tensors
+from model import PROMPTS_AT_ONCE, Cache, Config, Decoder, cast_once, load_model, save_model
+from model import to_published
 
 
 # --------------------------------------------------------------------------------------------------
 # What is measured
+
+
+SIZES = "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size"
+FAMILIES = {
+    "bloom": {"model_type": "bloom"},
+    "llama": {"model_type": "llama"},
+    "baichuan": {"model_type": "baichuan", "max_position_embeddings": 4096, "z_loss_weight": 0},
+    "baichuan-13b": {"model_type": "baichuan", "z_loss_weight": 0},  # ALiBi
+}
+
+
+def shape_config(shape, family="bloom"):
+    """ "D,L,H,V" or "D,L,H,V,F" -> Config. LLaMA's as of LLaMA 3: four query heads share a key's."""
+    sizes = dict(zip(SIZES, map(int, shape.split(","))))
+    published = FAMILIES[family] | sizes
+    if family == "llama":
+        published["num_key_value_heads"] = sizes["num_attention_heads"] // 4
+        published.setdefault("intermediate_size", sizes["hidden_size"] * 7 // 2)
+    return Config.from_json(published)
+
+
+def random_decoder(config, dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    model = Decoder(config).requires_grad_(False)
+    torch.set_default_dtype(before)
+    return model
 
 
 EOS, PAD = 2, 3
@@ -266,7 +293,7 @@ class Words:
         self.vocab_size = vocab_size
 
     def encode(self, text):
-        return [4 + zlib.crc32(word.encode()) % (self.vocab_size - 4) for word in text.split()]
+        return [4 + int.from_bytes(word.encode()) % (self.vocab_size - 4) for word in text.split()]
 
     def decode(self, ids):
         return " ".join(f"w{id}" for id in ids)
@@ -572,25 +599,20 @@ def show_table(args):
 # Startup: how long millions of pairs take before the first step, and how much memory
 
 
-def repeat_text(args, folder):
-    """Write both sides of the text again and again, until there are enough pairs."""
-    text = read_parallel(args.data, "train", args.pair)
-    for side, code in enumerate(split_pair(args.pair)):
-        lines = "".join(f"{row[side]}\n" for row in text)
-        with open(f"{folder}/train.{args.pair}.{code}", "w", encoding="utf-8") as file:
-            for _ in range(args.pairs // len(text)):
-                file.write(lines)
-        Path(folder, f"test.{args.pair}.{code}").write_text("a\n")
-
-
 def startup(args):
-    """Read text as a run does, up to the first step's batches. Memory is without mapped files."""
+    """Read a text, repeated, as a run does, up to the first step's batches."""
     tokenizer = load_tokenizer(args.weights)
+    text = read_parallel(args.data, "train", args.pair)
     source, target = split_pair(args.pair)
     with tempfile.TemporaryDirectory() as folder:
-        repeat_text(args, folder)
+        for side, code in enumerate((source, target)):
+            lines = "".join(f"{row[side]}\n" for row in text)
+            Path(folder, f"test.{args.pair}.{code}").write_text(lines)
+            with open(f"{folder}/train.{args.pair}.{code}", "w", encoding="utf-8") as file:
+                for _ in range(args.pairs // len(text)):
+                    file.write(lines)
         both = f"{target}-{source},{args.pair}"
-        settings = lander.Settings(data=folder, pair=args.pair, score_pairs=both)
+        settings = lander.Settings(data=folder, pair=args.pair, score_pairs=both, eval_sentences=1)
         before, start = resident("RssAnon"), time.monotonic()
         inputs = lander.read_inputs(tokenizer, [args.pair], settings)
         for path in inputs.paths.values():
@@ -605,31 +627,34 @@ def startup(args):
 # Large: the whole command on random weights of a large model's shape, in shards
 
 
-def write_weights(shape, tokenizer, folder):
+def write_weights(shape, folder):
     """A published checkpoint of random weights, in two shards. They do not stay in memory."""
-    folder.mkdir(parents=True)
     model = random_decoder(shape_config(shape), torch.bfloat16)
-    tensors = {}
+    tensors, weight_map = {}, {}
     for parameter, value in model.named_parameters():
         tensors |= to_published(model.config, parameter, value)
-    write_shards(tensors, folder, 2)
+    for i in range(2):
+        file = f"model-{i + 1:05}-of-00002.safetensors"
+        names = list(tensors)[i::2]
+        write_tensors(folder / file, {name: tensors[name] for name in names})
+        weight_map |= dict.fromkeys(names, file)
+    write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
     write_json(folder / "config.json", model.config.published)
-    shutil.copyfile(tokenizer, folder / "tokenizer.json")
 
 
 def large(args):
     """--lander runs another version's lander.py on the same weights."""
     weights = args.folder / "weights"
     if not weights.exists():
-        write_weights(args.shape, args.tokenizer, weights)
+        write_weights(args.shape, weights)
+        shutil.copyfile(args.tokenizer, weights / "tokenizer.json")
     run = args.folder / f"run-{time.time():.0f}"
     command = [sys.executable, args.lander, "--weights", weights, "--out", run, *args.rest]
     start = time.monotonic()
-    done = subprocess.run(command)
+    status = subprocess.run(command).returncode
     seconds = time.monotonic() - start
-    # With the mapped files; KiB on Linux.
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    print(f"{args.shape}: exit status {done.returncode}, {seconds:.0f} s, {peak / 1e9:.1f} GB")
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024  # KiB on Linux
+    print(f"{args.shape}: exit status {status}, {seconds:.0f} s, {peak / 1e9:.1f} GB")
 
 
 # --------------------------------------------------------------------------------------------------

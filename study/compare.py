@@ -1,7 +1,9 @@
 """The method beside its rivals: same checkpoint, same batches, same steps, same evaluation.
 
+    python study/compare.py --toy DIR --seeds 1          # toy languages, from another start
     python study/compare.py --weights W --data D --pair en-de --methods lander,layers,lora-all \\
         --rates 1e-3,3e-3 --seeds 0,1,2 --out DIR        # and any option of lander.py
+    python study/compare.py ... --chosen                 # all pairs translated, at the best rates
     python study/compare.py --plot DIR                   # what was measured, without running
 
 One cell is a method at a learning rate with a seed: a line in DIR/results.jsonl. Cells that are
@@ -9,12 +11,15 @@ there are passed over, so that a grid can be stopped, go on, and be split over m
 
 methods.py has the methods. Behind a name may stand, in this order:
 
-    :300        only that many training sentences, in as many steps
-    +replay     batches of the other pairs' scoring text come between the tuned ones', steps of their own
-    +l2         weights decay to where they started instead of to zero, by 10; +l2=3 by 3
+    :300         only that many training sentences, in as many steps
+    +replay      steps of the other pairs' scoring text, spread evenly between the tuned ones'
+    +decay=R     weights decay to their start instead of to zero, and stay within R * rms of it
+    +fisher=R    the same, each weight by how much other pairs' loss needs it
+    +kl=B        adds B * KL(start || now) on other pairs' sources, with the start's translations
 
-With several pairs in --pair, --tune says how: together, each alone (a cell for each), or in-turn, one
-after another with evaluation after each.
+A cell measures: of the tuned pair BLEU and chrF on test; of every pair the loss of its references on
+valid; of every other pair the KL from the start. With several pairs in --pair, --tune says how:
+together, each alone (a cell for each), or in-turn, one after another with evaluation after each.
 """
 
 import argparse
@@ -25,20 +30,22 @@ import re
 import sys
 import time
 from dataclasses import asdict, replace
-from itertools import product
+from itertools import chain, islice, product
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from sacrebleu.metrics import BLEU
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lander
-from data import InputError, exit_status, locked, make_batches, read_json, read_lines, read_tensors
-from data import split_pair, write_json, write_tensors
+from data import InputError, exit_status, group_by_length, locked, make_batch, make_batches
+from data import read_json, read_lines, read_tensors, render, split_pair, write_json, write_tensors
 from model import load_model
-from study.methods import GROUPS, L2_DECAY, METHODS, Context, draw_to_start
+from study import demo, methods
+from study.methods import GROUPS, METHODS, Context
 
 
 # --------------------------------------------------------------------------------------------------
@@ -53,8 +60,11 @@ class Cell(NamedTuple):
     seed: int
     pairs: tuple
 
+    def name(self):
+        return f"{self.method} {self.rate:g} {self.seed} {','.join(self.pairs)}"
+
     def folder(self, out):
-        return out / "cells" / f"{self.method} {self.rate:g} {self.seed} {','.join(self.pairs)}"
+        return out / "cells" / self.name()
 
 
 class Recipe(NamedTuple):
@@ -63,81 +73,289 @@ class Recipe(NamedTuple):
     name: str
     size: int | None  # training sentences
     replay: bool
-    l2: float | None  # AdamW's decay to the start
+    decay: float | None  # radius
+    fisher: float | None  # radius
+    kl: float | None  # weight
+
+
+NUMBER = r"(\d*\.?\d+)"
+FORM = (
+    rf"([^:+]+)(?::(\d+))?(\+replay)?(?:\+decay={NUMBER})?(?:\+fisher={NUMBER})?(?:\+kl={NUMBER})?"
+)
 
 
 def parse_method(text):
-    """ "lora-all:300+replay" -> Recipe("lora-all", 300, True, None)
+    """ "lora-all:300+kl=1" -> Recipe("lora-all", 300, False, None, None, 1.0)
 
     InputError for what is no method.
     """
-    match = re.fullmatch(r"([^:+]+)(?::(\d+))?(\+replay)?(\+l2(?:=(\d+))?)?", text)
+    match = re.fullmatch(FORM, text)
     if not match or match[1] not in METHODS:
-        raise InputError(f"method {text!r}: expected {', '.join(METHODS)}, with :N, +replay, +l2")
-    name, size, replay, l2, decay = match.groups()
-    return Recipe(name, size and int(size), bool(replay), float(decay or L2_DECAY) if l2 else None)
+        expected = f"expected {', '.join(METHODS)}, with :N, +replay, +decay=R, +fisher=R, +kl=B"
+        raise InputError(f"method {text!r}: {expected}")
+    name, size, replay, *numbers = match.groups()
+    numbers = [number and float(number) for number in numbers]
+    return Recipe(name, size and int(size), bool(replay), *numbers)
 
 
-def run_cell(context, out, cell, in_turn=False):
-    """Train and evaluate one method. -> its line of results.jsonl"""
-    began = time.monotonic()
+def spread_evenly(*sequences):
+    """Merge sequences so that each is spread over the whole.
+
+    [1, 2, 3, 4], [5, 6] -> [1, 5, 2, 3, 6, 4]
+    """
+    placed = []
+    for sequence in sequences:
+        placed += [((i + 0.5) / len(sequence), item) for i, item in enumerate(sequence)]
+    return [item for _, item in sorted(placed, key=lambda both: both[0])]
+
+
+def plan(examples, others, recipe, settings):
+    """The steps of a training, each [(pair, numbers of its examples), ...].
+
+    examples, others: tuned and replayed pair -> sequence. The scripts mix all tuned pairs in a step.
+    """
+    batch = settings.batch
+    seed = settings.seed
+    count = lander.count_steps(examples, settings)
+    if recipe.name == "scripts":
+        size = math.ceil(batch / len(examples))
+        turns = [lander.schedule({pair: own}, size, seed) for pair, own in examples.items()]
+        steps = list(islice(zip(*turns), count))
+    else:
+        steps = [[turn] for turn in islice(lander.schedule(examples, batch, seed), count)]
+    if recipe.replay:
+        count = sum(math.ceil(len(own) / batch) for own in others.values())
+        replayed = [[turn] for turn in islice(lander.schedule(others, batch, seed), count)]
+        steps = spread_evenly(steps, replayed)
+    return steps
+
+
+KEPT_SENTENCES = 20  # that a step of +kl compares with the start
+
+
+def train(model, context, learners, start, pairs, recipe):
+    """Train on some of the pairs, as the recipe says; without keepers, what lander.py does.
+
+    start: name -> what a parameter was before training
+    """
+    settings = context.settings
+    tuned = {pair: context.inputs.train[pair] for pair in pairs}
+    settings = replace(settings, steps=lander.count_steps(tuned, settings))
+    if recipe.size:
+        for pair, own in tuned.items():
+            size = min(recipe.size, len(own))
+            tuned[pair] = random.Random(settings.seed).sample(own, size)
+    others = {pair: own for pair, own in context.inputs.scoring.items() if pair not in pairs}
+    text = others | tuned
+    steps = plan(tuned, others, recipe, settings)
+    parameters = lander.merged({pair: learners[pair] for pair in pairs})
+    strengths = keeper_strengths(model, parameters, others, recipe)
+    kept = [example for pair in others for example in context.start_text["train"].get(pair, [])]
+    rng = random.Random(settings.seed)
+    decay = 0.0 if strengths else lander.WEIGHT_DECAY
+    optimizer = torch.optim.AdamW(parameters.values(), weight_decay=decay, fused=True)
+    progress = lander.Progress("training", len(steps), "steps")
+    for number, turns in enumerate(steps):
+        rate = lander.learning_rate(number, len(steps), settings.lr)
+        optimizer.param_groups[0]["lr"] = rate
+        own = lander.merged({pair: learners.get(pair, parameters) for pair, _ in turns})
+        model.requires_grad_(False)
+        for parameter in own.values():
+            parameter.requires_grad_(True)
+        examples = {pair: [text[pair][i] for i in numbers] for pair, numbers in turns}
+        add_gradients(model, context, examples)
+        if recipe.kl is not None:
+            chosen = rng.sample(kept, min(KEPT_SENTENCES, len(kept)))
+            add_kl_gradients(model, context, chosen, parameters, start, recipe.kl)
+        norm = torch.nn.utils.clip_grad_norm_(own.values(), lander.CLIP_NORM)
+        if norm.isfinite():
+            optimizer.step()
+            if strengths:
+                methods.pull_to_start(parameters, start, strengths, rate)
+        optimizer.zero_grad(set_to_none=True)
+        progress.add(1)
+    model.requires_grad_(False)
+
+
+def micro_batches(context, examples):
+    """Batches of those that are not too long: these are None."""
+    fitting = [example for example in examples if example]
+    return list(make_batches(fitting, context.tokenizer.pad_id, context.settings.micro_tokens))
+
+
+def add_gradients(model, context, examples):
+    """Of the loss of a target token. examples: pair -> those of a step"""
+    batches = {pair: micro_batches(context, own) for pair, own in examples.items()}
+    tokens = sum(lander.count_targets(own) for own in batches.values())
+    for pair, own in batches.items():
+        methods.route(model, pair)
+        for batch in own:
+            (lander.target_loss(model, batch) / tokens).backward()
+
+
+def add_kl_gradients(model, context, examples, parameters, start, weight):
+    """Of weight * KL(start || now) of a target token."""
+    batches = micro_batches(context, examples)
+    tokens = lander.count_targets(batches)
+    methods.route(model, None)
+    for batch in batches:
+        drift = methods.kl_from_start(model, batch, parameters, start)
+        (weight * drift / tokens).backward()
+
+
+FISHER_SENTENCES = 20  # of each other pair
+
+
+def keeper_strengths(model, parameters, others, recipe):
+    """name -> how strongly decay pulls it to its start; {} without such a keeper."""
+    radius = recipe.decay or recipe.fisher
+    if radius is None:
+        return {}
+    strengths = methods.pulls(model, parameters, radius)
+    if recipe.fisher is not None:
+        examples = chain.from_iterable(own[:FISHER_SENTENCES] for own in others.values())
+        needed = methods.fisher(model, parameters, examples)
+        strengths = {name: needed[name] * strength for name, strength in strengths.items()}
+    return strengths
+
+
+def run_cell(context, out, cell, tune, everything=False):
+    """Train and measure one method. -> its line of results.jsonl, and its arrays for each sentence
+
+    everything: translate the other pairs' test text, too
+    """
+    began = time.process_time()
     recipe = parse_method(cell.method)
     settings = replace(context.settings, lr=cell.rate, seed=cell.seed)
     context = context._replace(settings=settings, tuned=list(cell.pairs))
     folder = cell.folder(out)
-    folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(cell.seed)
     model = load_model(settings.weights, *lander.choose_device(settings)).requires_grad_(False)
     learners = METHODS[recipe.name](model, context)
+    parameters = lander.merged(learners)
+    start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     line = {"method": cell.method, "rate": cell.rate, "seed": cell.seed, "pairs": cell.pairs}
-    line["trained"] = sum(p.numel() for p in lander.merged(learners).values())
-    if in_turn:
+    line["trained"] = sum(p.numel() for p in parameters.values())
+    if tune == "in-turn":
         line["stages"] = {}
         for pair in cell.pairs:
-            train(model, context, learners, [pair], recipe, folder / pair)
-            line["stages"][pair] = evaluate(model, context, folder / pair)
+            train(model, context, learners, start, [pair], recipe)
+            line["stages"][pair], _ = evaluate(model, context, context.inputs.test, folder / pair)
     else:
-        train(model, context, learners, context.tuned, recipe, folder)
-    valid = {pair: context.inputs.valid[pair] for pair in cell.pairs}
-    line["valid_loss"] = lander.validation_loss(model, context.tokenizer, valid, settings)
-    line["before"] = read_json(out / "before.json", {})
-    line["after"] = evaluate(model, context, folder)
-    line["seconds"] = round(time.monotonic() - began, 1)
-    return line
+        train(model, context, learners, start, context.tuned, recipe)
+    losses = sentence_losses(model, context)
+    line["valid_loss"] = mean_losses(losses, context)
+    line["kl"] = drift_from_start(model, context, parameters, start)
+    wanted = context.inputs.test if everything or tune == "in-turn" else cell.pairs
+    line["after"], counts = evaluate(model, context, wanted, folder)
+    line["seconds"] = round(time.process_time() - began, 1)  # of a core
+    return line, arrays(losses, counts, context)
 
 
-def train(model, context, learners, pairs, recipe, folder):
-    """lander.py's training of some of the pairs, as the recipe says."""
-    settings = context.settings
-    learners = {pair: learners[pair] for pair in pairs}
-    examples = {pair: context.inputs.train[pair] for pair in pairs}
-    settings = replace(settings, steps=lander.count_steps(examples, settings))
-    if recipe.size:
-        for pair, own in examples.items():
-            size = min(recipe.size, len(own))
-            examples[pair] = random.Random(settings.seed).sample(own, size)
-    if recipe.replay:
-        everything = lander.merged(learners)
-        for pair, own in context.inputs.scoring.items():
-            if pair not in examples:
-                examples[pair], learners[pair] = own, everything
-                more = math.ceil(len(own) / settings.batch)
-                settings = replace(settings, steps=settings.steps + more)
-    decay = lander.WEIGHT_DECAY
-    if recipe.l2 is not None:
-        learners, decay = draw_to_start(model, learners), recipe.l2
-    lander.train(model, context.tokenizer, learners, examples, {}, settings, folder, decay)
-    (folder / "state.safetensors").unlink()
+# --------------------------------------------------------------------------------------------------
+# What is measured
 
 
-def evaluate(model, context, folder):
-    """-> {pair: {"bleu", "chrf"}}; hypotheses go to the folder."""
+VALID_SENTENCES = 100  # of each pair
+
+
+@torch.no_grad()
+def sentence_losses(model, context):
+    """pair -> the summed loss of each valid sentence, [V]"""
+    found = {}
+    for pair, examples in context.valid.items():
+        methods.route(model, pair)
+        found[pair] = torch.zeros(len(examples))
+        lengths = [len(prompt) + len(target) for prompt, target in examples]
+        for group in group_by_length(lengths, context.settings.micro_tokens):
+            batch = make_batch([examples[i] for i in group], context.tokenizer.pad_id)
+            ids, mask, targets = lander.to_device(batch, model)
+            wanted = targets != -100  # [B, T]
+            logits = model.logits(model.hidden_states(ids, mask)[wanted]).float()
+            losses = torch.zeros(wanted.shape, device=ids.device)
+            losses[wanted] = -logits.log_softmax(-1).gather(1, targets[wanted][:, None])[:, 0]
+            found[pair][group] = losses.sum(1).cpu()
+    return found
+
+
+def target_tokens(context):
+    """pair -> target tokens of each valid sentence, [V]"""
+    found = {}
+    for pair, examples in context.valid.items():
+        found[pair] = torch.tensor([float(len(target)) for _, target in examples])
+    return found
+
+
+def mean_losses(losses, context):
+    """pair -> loss of a target token"""
+    tokens = target_tokens(context)
+    return {pair: (own.sum() / tokens[pair].sum()).item() for pair, own in losses.items()}
+
+
+@torch.no_grad()
+def drift_from_start(model, context, parameters, start):
+    """Untuned pair -> KL(start || now) of a token of the start's own translations."""
+    found = {}
+    methods.route(model, None)
+    for pair, examples in context.start_text["valid"].items():
+        if pair not in context.tuned:
+            batches = micro_batches(context, examples)
+            total = 0.0
+            for batch in batches:
+                total += methods.kl_from_start(model, batch, parameters, start).item()
+            found[pair] = total / lander.count_targets(batches)
+    return found
+
+
+def evaluate(model, context, pairs, folder):
+    """-> {pair: {"bleu", "chrf"}}, and {pair: what BLEU counts in each sentence}; writes hypotheses."""
     scores = {}
-    for pair, text in context.inputs.test.items():
+    counts = {}
+    for pair in pairs:
+        text = context.inputs.test[pair]
         path = folder / f"{pair}.txt"
+        methods.route(model, pair)
         found = lander.evaluate(model, context.tokenizer, pair, text, context.settings, path)
         scores[pair] = {metric: round(found[metric], 3) for metric in ("bleu", "chrf")}
-    return scores
+        counts[pair] = bleu_counts(pair, read_lines(path), [target for _, target in text])
+    return scores, counts
+
+
+def bleu_counts(pair, hypotheses, references):
+    """Of each sentence the words of hypothesis and reference, and the matches of 1 to 4 words. [N, 6]"""
+    metric = BLEU(trg_lang=split_pair(pair)[1], effective_order=True)
+    rows = []
+    for hypothesis, reference in zip(hypotheses, references):
+        score = metric.sentence_score(hypothesis, [reference])
+        rows.append([score.sys_len, score.ref_len, *score.counts])
+    return torch.tensor(rows, dtype=torch.int16)
+
+
+def kind_of(pair, tuned):
+    """ "tuned", or the untuned pair's relation to the tuned ones: "same target", "other target" """
+    if pair in tuned:
+        return "tuned"
+    targets = {split_pair(own)[1] for own in tuned}
+    return "same target" if split_pair(pair)[1] in targets else "other target"
+
+
+KINDS = ("tuned", "same target", "other target")
+
+
+def by_kind(values, tuned):
+    """Sum tensors of pairs over pairs of a kind. {pair: [V]} -> [3, V]"""
+    total = torch.zeros(len(KINDS), len(next(iter(values.values()))))
+    for pair, own in values.items():
+        total[KINDS.index(kind_of(pair, tuned))] += own
+    return total
+
+
+def arrays(losses, counts, context):
+    """What the bootstrap needs of a cell with one tuned pair: {"bleu": [N, 6], "loss": [3, V]}"""
+    if len(context.tuned) > 1:
+        return {}
+    (pair,) = context.tuned
+    return {"bleu": counts[pair], "loss": by_kind(losses, context.tuned)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -157,23 +375,97 @@ def prepare(settings, out):
     differences = {pair: analysis[pair]["differences"] for pair in tuned}
     path = out / "awareness.safetensors"
     if not path.exists():
-        scores = {}
-        for pair, examples in inputs.scoring.items():
-            for reader in ("ffn.down", "attention.output"):
-                batches = make_batches(examples, tokenizer.pad_id, settings.micro_tokens)
-                batches = lander.counted(batches, f"scoring {pair}, {reader}", len(examples))
-                name = f"{pair} {reader}"
-                scores[name] = lander.neuron_awareness(model, batches, range(config.layers), reader)
-        write_tensors(path, scores)
+        write_tensors(path, score(model, tokenizer, inputs, settings))
     scores = read_tensors(path)
     neurons = torch.stack([scores[f"{pair} ffn.down"] for pair in inputs.scoring])  # [P, L, F]
     channels = torch.stack([scores[f"{pair} attention.output"] for pair in inputs.scoring])
+    languages = {}
+    for name, own in scores.items():
+        if name.startswith("language "):
+            _, code, module = name.split(" ")
+            languages.setdefault(code, {})[module] = own
+    adjacent = methods.adjacent_layers(scores["differences with targets"], settings.layers)
     context = Context(settings, tokenizer, inputs, tuned, differences, neurons, channels)
+    context = context._replace(adjacent=adjacent, languages=languages)
+    context = context._replace(valid=read_valid(context))
+    path = out / "start.json"  # the start's own translations
+    if not path.exists():
+        write_json(path, translate_sources(model, context))
+    translated = {}
+    for split, pairs in read_json(path, {}).items():
+        translated[split] = {}
+        for pair, text in pairs.items():
+            translated[split][pair] = [render(tokenizer, pair, *both) for both in text]
+    context = context._replace(start_text=translated)
     if not (out / "before.json").exists():
-        write_json(out / "before.json", evaluate(model, context, out / "before"))
-    references = {pair: [target for _, target in inputs.test.get(pair, [])] for pair in tuned}
-    write_json(out / "references.json", references)
+        write_before(model, context, out)
     return context
+
+
+def score(model, tokenizer, inputs, settings):
+    """All that methods.py chooses units by, as tensors by name."""
+    scores = {}
+    means = []
+    languages = {}  # code -> sentences
+    for pair, examples in inputs.scoring.items():
+        batches = list(make_batches(examples, tokenizer.pad_id, settings.micro_tokens))
+        for reader in ("ffn.down", "attention.output"):
+            made = lander.counted(batches, f"scoring {pair}, {reader}", len(examples))
+            own = lander.neuron_awareness(model, made, range(model.config.layers), reader)
+            scores[f"{pair} {reader}"] = own
+        means.append(lander.activation_means(model, batches))
+        text = lander.read_text(settings, "train", pair, {})[: settings.score_sentences]
+        for code, sentences in zip(split_pair(pair), zip(*text)):
+            languages.setdefault(code, [tokenizer.encode(sentence) for sentence in sentences])
+    scores["differences with targets"] = lander.layer_differences(torch.stack(means).mean(0))
+    for code, sentences in languages.items():
+        for name, own in methods.output_awareness(model, sentences).items():
+            scores[f"language {code} {name}"] = own
+    return scores
+
+
+def read_valid(context):
+    """pair -> the first valid sentences, rendered: of every pair the same ones."""
+    found = {}
+    for pair in context.inputs.scoring:
+        text = lander.read_text(context.settings, "valid", pair, {})[:VALID_SENTENCES]
+        found[pair] = [render(context.tokenizer, pair, *both) for both in text]
+    if len({len(own) for own in found.values()}) > 1:
+        raise InputError(
+            f"{context.settings.data}: valid text is not the same sentences in all pairs"
+        )
+    return found
+
+
+START_SENTENCES = {"train": 60, "valid": 30}  # of each pair
+
+
+def translate_sources(model, context):
+    """split -> pair -> [(source, what the start makes of it), ...]"""
+    found = {}
+    for split, size in START_SENTENCES.items():
+        found[split] = {}
+        for pair in context.inputs.scoring:
+            text = lander.read_text(context.settings, split, pair, {})[:size]
+            sources = [source for source, _ in text]
+            what = pair, list(enumerate(sources)), context.settings, f"translating {pair}"
+            lines = lander.translate_lines(model, context.tokenizer, *what)
+            done = {number: line for number, line, _ in lines}
+            found[split][pair] = [(source, done[i]) for i, source in enumerate(sources)]
+    return found
+
+
+def write_before(model, context, out):
+    """What every pair has before training: before.json, and sentences.safetensors of each pair."""
+    scores, counts = evaluate(model, context, context.inputs.test, out / "before")
+    losses = sentence_losses(model, context)
+    tokens = target_tokens(context)
+    tensors = {f"before {pair} bleu": own for pair, own in counts.items()}
+    for pair in losses:
+        tensors |= {f"before {pair} loss": losses[pair], f"before {pair} tokens": tokens[pair]}
+    write_tensors(out / "sentences.safetensors", tensors)
+    means = mean_losses(losses, context)
+    write_json(out / "before.json", {"scores": scores, "valid_loss": means})
 
 
 def given(settings):
@@ -198,61 +490,78 @@ def append(path, line):
 
 def run_grid(args, settings, out):
     """Run every cell that is not in results.jsonl yet."""
-    methods = args.methods.split(",")
-    for name in methods:
+    names = args.methods.split(",")
+    for name in names:
         parse_method(name)
     check_grid(out / "grid.json", settings, args.tune)
-    done = {key(line) for line in read_results(out)}
     context = prepare(settings, out)
     together = [tuple(context.tuned)]
     if args.tune == "each":
         together = [(pair,) for pair in context.tuned]
-    for seed, rate, name, pairs in product(args.seeds, args.rates, methods, together):
-        cell = Cell(name, rate, seed, pairs)
-        if cell not in done:
-            run_and_write(context, out, cell, args.tune)
+    cells = []
+    for seed, rate, name, pairs in product(args.seeds, args.rates, names, together):
+        cells.append(Cell(name, rate, seed, pairs))
+    path = out / "results.jsonl"
+    if args.chosen:
+        path = out / "chosen.jsonl"
+        best = {name: best_rate(rates) for name, rates in by_method(read_results(out)).items()}
+        cells = [cell for cell in cells if cell.rate == best[cell.method]]
+    done = {key(line) for line in read_results(out, path.name)}
+    for cell in cells:
+        if cell in done:
+            continue
+        line, sentences = run_cell(context, out, cell, args.tune, args.chosen)
+        if sentences and not args.chosen:
+            write_sentences(out / "sentences.safetensors", cell, sentences)
+        append(path, line)
+        gained = ""
+        for pair in cell.pairs:
+            gained += f" {line['after'][pair]['bleu']:.2f}"
+        drift = mean(line["kl"].values()) if line["kl"] else math.nan
+        lander.say(f"{cell.name()}: BLEU{gained}, KL {drift:.4f}, {line['seconds']} s")
 
 
-def run_and_write(context, out, cell, tune):
-    """Run a cell. Its hypotheses for the tuned pairs are kept, for the paired bootstrap."""
-    line = run_cell(context, out, cell, tune == "in-turn")
-    for pair in cell.pairs:
-        if pair in context.inputs.test:
-            known = cell._replace(pairs=pair)._asdict()
-            text = read_lines(cell.folder(out) / f"{pair}.txt")
-            append(out / "hypotheses.jsonl", known | {"hypotheses": text})
-    append(out / "results.jsonl", line)
-    change = gains(line)
-    gained = f"tuned {change['tuned']:+.2f}, others {change['others']:+.2f}"
-    lander.say(f"{cell.method} {cell.rate:g} {cell.seed} {','.join(cell.pairs)}: {gained}")
+def write_sentences(path, cell, sentences):
+    """Add a cell's arrays: what BLEU counts, and how the losses changed, in 16 bits each."""
+    tensors = read_tensors(path)
+    before = {}
+    for name, own in tensors.items():
+        if name.startswith("before ") and name.endswith(" loss"):
+            before[name.split(" ")[1]] = own
+    change = sentences["loss"] - by_kind(before, cell.pairs)
+    tensors[f"{cell.name()} bleu"] = sentences["bleu"]
+    tensors[f"{cell.name()} loss"] = change.half()
+    write_tensors(path, tensors)
 
 
 # --------------------------------------------------------------------------------------------------
 # What was measured
 
 
-def read_results(out):
-    path = out / "results.jsonl"
-    return [json.loads(line) for line in read_lines(path)] if path.exists() else []
+def read_results(out, name="results.jsonl"):
+    """The lines of a grid, each with what its pairs had before training."""
+    path = out / name
+    if not path.exists():
+        return []
+    lines = [json.loads(line) for line in read_lines(path)]
+    before = read_json(out / "before.json", {})
+    return [{"before": before.get("scores", before)} | line for line in lines]
 
 
 def key(line):
     return Cell(line["method"], line["rate"], line["seed"], tuple(line["pairs"]))
 
 
-def gains(line):
-    """Mean change of BLEU: of the tuned pairs, of all others, and of those into the same language
+def gains(line, metric="bleu"):
+    """Mean change of a score: of the tuned pairs, of all others, and of those into the same language
     as a tuned pair and those into another. NaN for none."""
-    into = {split_pair(pair)[1] for pair in line["pairs"]}
     kinds = {"tuned": [], "others": [], "same target": [], "other target": []}
     for pair, after in line["after"].items():
-        change = after["bleu"] - line["before"][pair]["bleu"]
-        if pair in line["pairs"]:
-            kinds["tuned"].append(change)
-        else:
+        change = after[metric] - line["before"][pair][metric]
+        kind = kind_of(pair, line["pairs"])
+        kinds[kind].append(change)
+        if kind != "tuned":
             kinds["others"].append(change)
-            same = split_pair(pair)[1] in into
-            kinds["same target" if same else "other target"].append(change)
     return {kind: mean(own) if own else math.nan for kind, own in kinds.items()}
 
 
@@ -266,7 +575,7 @@ def by_method(lines):
 
 def valid_loss(lines):
     """The mean validation loss of the tuned pairs, over lines."""
-    return mean(loss for line in lines for loss in line["valid_loss"].values())
+    return mean(line["valid_loss"][pair] for line in lines for pair in line["pairs"])
 
 
 def best_rate(rates):
@@ -522,7 +831,19 @@ def main(argv=None):
     parser.add_argument("--rates", default=[1e-3], type=numbers(float))
     parser.add_argument("--seeds", default=[0], type=numbers(int))
     parser.add_argument("--tune", default="together", choices=("together", "each", "in-turn"))
+    parser.add_argument("--chosen", action="store_true", help="all pairs, at the best rates")
+    parser.add_argument("--toy", type=Path, help="make text and a checkpoint of toy languages here")
+    args, _ = parser.parse_known_args(argv)
+    if args.toy:
+        return exit_status(lambda: build_toy(args.toy, *args.seeds))
     return run_or_plot(parser, argv, plot, run_grid)
+
+
+def build_toy(folder, seed):
+    """The demo's text and checkpoint from another start, with more text to evaluate on."""
+    demo.SPLIT_SENTENCES |= {"valid": 500, "test": 500}
+    torch.manual_seed(seed)
+    demo.build(folder)
 
 
 if __name__ == "__main__":

@@ -143,6 +143,7 @@ MODEL = {
     "num_hidden_layers": 6,
     "num_attention_heads": 4,
     "model_max_length": 256,  # and no max_position_embeddings: ALiBi, as in Baichuan-13B
+    "normalize_head": False,  # as in Baichuan 1
 }
 PRETRAINING_STEPS, PRETRAINING_RATE, PRETRAINING_TOKENS = 1500, 3e-3, 1024
 

@@ -30,57 +30,83 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lander
-from data import SPLITS, byte_characters, load_tokenizer, read_tensors, write_json
+from data import BLOOM_SPLIT, byte_characters, load_tokenizer, read_tensors, write_json
 from model import Config, Decoder, save_model
 from study import demo
-from study.shapes import write_shards
 
-SECONDS, BYTES = 20, 2 * 2**30
+SECONDS, MEMORY = 20, 2 * 2**30
 
 
 # --------------------------------------------------------------------------------------------------
 # A world to break
 
 
-SIZES = {
-    "hidden_size": 16,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-}
+SIZES = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24)
 CONFIGS = {
-    "bloom": {"model_type": "bloom", "n_embed": 16, "n_layer": 3, "n_head": 2},
-    "baichuan": {"model_type": "baichuan", "model_max_length": 512} | SIZES,
-    "qwen2": {"model_type": "qwen2", "num_key_value_heads": 1, "eos_token_id": [2, 3]} | SIZES,
+    "bloom": dict(model_type="bloom", n_embed=16, n_layer=3, n_head=2),
+    "baichuan": dict(model_type="baichuan", model_max_length=512, z_loss_weight=0, **SIZES),
+    "llama": dict(model_type="llama", **SIZES),
+    "qwen2": dict(model_type="qwen2", num_key_value_heads=1, eos_token_id=[2, 3], **SIZES),
+    "qwen3": dict(model_type="qwen3", num_key_value_heads=1, head_dim=6, **SIZES),
+    "gpt2": dict(model_type="gpt2", n_embd=16, n_layer=3, n_head=2, n_positions=1024),
 }
 # Beside the tokenizer's own file, which says nothing of these.
 NAMED = {
-    "bloom": {},
     "baichuan": {"tokenizer_class": "LlamaTokenizer", "eos_token": {"content": "</s>"}},
     "qwen2": {"bos_token": "<s>", "eos_token": None, "add_bos_token": True},
 }
+SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
+SPELLED = [*SPECIAL, *[f"<0x{byte:02X}>" for byte in range(256)], "▁", "a", "n", "an", "▁an"]
+SPLIT = {
+    "type": "Split",
+    "pattern": {"Regex": BLOOM_SPLIT},
+    "behavior": "Isolated",
+    "invert": False,
+}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
 TEMPLATE = {
     "type": "TemplateProcessing",
-    "single": [
-        {"SpecialToken": {"id": "<s>", "type_id": 0}},
-        {"Sequence": {"id": "A", "type_id": 0}},
-    ],
-    "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+    "single": [{"SpecialToken": {"id": "<s>"}}, {"Sequence": {"id": "A"}}],
+    "special_tokens": {"<s>": {"ids": [1]}},
 }
+# What tokenizer.json has where it is not like BLOOM's. Baichuan has a tokenizer.model.
 PIPELINES = {
     "bloom": {},
+    "llama": {
+        "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first"},
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                *[{"type": "ByteFallback"}, {"type": "Fuse"}],
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "vocab": {token: id for id, token in enumerate(SPELLED)},
+            "merges": [["a", "n"], ["▁", "an"]],
+            "byte_fallback": True,
+        },
+    },
     "qwen2": {
         "normalizer": {"type": "NFC"},
         "post_processor": {"type": "Sequence", "processors": [{"type": "ByteLevel"}, TEMPLATE]},
     },
+    "qwen3": {
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [{"type": "Digits", "individual_digits": True}, SPLIT, BYTES],
+        }
+    },
+    "gpt2": {"pre_tokenizer": {**BYTES, "use_regex": True}},
 }
 
 
-def tokenizer_json(lines, split=SPLITS[0], ignore_merges=False, **pipeline):
+def tokenizer_json(lines, **pipeline):
     """Contents of a tokenizer.json like BLOOM's that knows all bytes, and the words of some lines."""
     characters = byte_characters()
-    special = ["<unk>", "<s>", "</s>", "<pad>"]
-    vocabulary = {token: id for id, token in enumerate([*special, *characters])}
+    vocabulary = {token: id for id, token in enumerate([*SPECIAL, *characters])}
     merges = []
     for piece in re.findall(r" ?\w+", "\n".join(lines)):
         word = "".join(characters[byte] for byte in piece.encode())
@@ -88,25 +114,17 @@ def tokenizer_json(lines, split=SPLITS[0], ignore_merges=False, **pipeline):
             if word[:end] not in vocabulary:
                 vocabulary[word[:end]] = len(vocabulary)
                 merges.append([word[: end - 1], word[end - 1]])
-    by_regex = {
-        "type": "Split",
-        "pattern": {"Regex": split},
-        "behavior": "Isolated",
-        "invert": False,
-    }
-    by_bytes = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
-    model = {"type": "BPE", "vocab": vocabulary, "merges": merges, "ignore_merges": ignore_merges}
     return {
-        "added_tokens": [{"id": id, "content": token} for id, token in enumerate(special)],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [by_regex, by_bytes]},
+        "added_tokens": [{"id": id, "content": token} for id, token in enumerate(SPECIAL)],
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [SPLIT, BYTES]},
         "decoder": {"type": "ByteLevel"},
-        "model": model,
-    } | pipeline
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": merges},
+        **pipeline,
+    }
 
 
 def build(folder):
-    """Three checkpoints, one in shards, text in three forms, finished and broken-off runs."""
+    """A checkpoint of each family, one in shards, text in three forms, finished and broken-off runs."""
     meanings = demo.toy_meanings(9, seed=0)
     text = demo.toy_text(meanings)
     demo.write_text(folder / "data", dict.fromkeys(("train", "valid", "test"), meanings[:6]))
@@ -126,17 +144,17 @@ def build(folder):
         else:
             demo.train_tokenizer(folder / name, demo.prompts({c: text[c] for c in ("qaa", "qab")}))
         for file in ("tokenizer_config.json", "special_tokens_map.json"):
-            write_json(folder / name / file, NAMED[name] | {"pad_token": "<unk>"})
+            write_json(folder / name / file, NAMED.get(name, {}) | {"pad_token": "<unk>"})
         size = load_tokenizer(folder / name).vocab_size
         save_model(Decoder(Config.from_json(config | {"vocab_size": size})), folder / name)
-    single = folder / "bloom/model.safetensors"
-    write_shards(read_tensors(single), single.parent, 2)
-    single.unlink()
+    shard = (folder / "bloom/model.safetensors").rename(folder / "bloom/shard.safetensors")
+    index = {"weight_map": dict.fromkeys(read_tensors(shard), shard.name)}
+    write_json(folder / "bloom/model.safetensors.index.json", index)
     for name in CONFIGS:
-        status, _, err = command(folder, run_words(folder, name, f"run-{name}"))
+        status, _, err = command(folder, run_words(name, f"run-{name}"))
         assert status == 0, err
         with leaving_off():
-            status, _, err = command(folder, run_words(folder, name, f"broken-{name}"))
+            status, _, err = command(folder, run_words(name, f"broken-{name}"))
         assert status == 130 and (folder / f"broken-{name}/state.safetensors").exists(), err
 
 
@@ -155,11 +173,10 @@ def leaving_off():
     lander.SAVE_EVERY, lander.write = before
 
 
-def run_words(folder, name, out):
-    words = f"--pair qaa-qab --weights {name} --data data --layers 1 --steps 2 --batch 2"
-    words += " --score-sentences 2 --score-pairs qaa-qab,qac-qad,qaa-qad --max-tokens 999"
-    words += " --eval-sentences 1"
-    return [*words.split(), "--out", str(out)]
+def run_words(name, out):
+    words = f"--pair qaa-qab --weights {name} --data data --layers 1 --steps 2 --batch 2 "
+    words += "--score-sentences 2 --score-pairs qaa-qab,qac-qad,qaa-qad --max-tokens 999 "
+    return [*words.split(), "--eval-sentences", "1", "--out", out]
 
 
 def command(folder, words):
@@ -177,43 +194,18 @@ def command(folder, words):
 # Mutations
 
 
-VALUES = [
-    *[None, True, 0, -1, 1, 7, 2**31, 2**70, 0.5, -0.0, 1e308, [], {}, [[]], [None], {"a": 1}],
-    *[
-        "",
-        "x",
-        "alibi",
-        "\ud800",
-        "\0",
-        "[",
-        r"\p{L}+|(a",
-        "<s>",
-        "a*",
-        "qaa-qab",
-        "../x",
-        "é" * 300,
-    ],
-    *[["a", "b"], ["Ġ", "a"]],
-]
+VALUES = json.loads(r"""[null, true, 0, -1, 1, 7, 2147483648, 1180591620717411303424, 0.5, -0.0, 1e308,
+"", "x", "alibi", "\ud800", "\u0000", "[", "\\p{L}+|(a", "<s>", "a*", "qaa-qab", "../x", [], {}, [[]],
+[null], {"a": 1}, ["a", "b"], ["Ġ", "a"]]""")
 
 
 def mutate_structure(value, rng):
-    """Change one place of a JSON value."""
-    places = []
-
-    def walk(parent):
-        for key in list(parent) if isinstance(parent, dict) else range(len(parent)):
-            places.append((parent, key))
-            if isinstance(parent[key], (dict, list)) and len(places) < 5000:
-                walk(parent[key])
-
+    """Change one place of a JSON value, somewhere on a random way down."""
     root = [copy.deepcopy(value)]
-    walk(root)
-    if rng.random() < 0.5:
-        # A level first, then a place in it: a vocabulary of hundreds would take all of the cases.
-        level = rng.choice(list({id(parent): parent for parent, _ in places}.values()))
-        places = [place for place in places if place[0] is level]
-    parent, key = rng.choice(places)
+    parent, key = root, 0
+    while isinstance(parent[key], (dict, list)) and parent[key] and rng.random() < 0.9:
+        parent = parent[key]
+        key = rng.choice(list(parent) if isinstance(parent, dict) else range(len(parent)))
     old = parent[key]
     kind = rng.randrange(5)
     if kind == 0 and isinstance(parent, dict):
@@ -223,26 +215,20 @@ def mutate_structure(value, rng):
     elif kind == 2 and type(old) in (int, float):
         parent[key] = rng.choice([old + 1, -old, old * 10**9, str(old)])
     elif kind == 3:
-        parent[key] = rng.choice([[old], rng.choice(places)[0]])  # the second may be a cycle
+        parent[key] = [old]
     else:
-        parent[key] = copy.deepcopy(rng.choice(VALUES))
+        parent[key] = copy.deepcopy(rng.choice([*VALUES, "é" * 300]))
     return root[0]
 
 
 def mutate_json(raw, rng):
-    value = json.loads(raw)
-    try:
-        for _ in range(rng.choice([1, 1, 1, 2, 4])):
-            value = mutate_structure(value, rng)
-        return json.dumps(value).encode()
-    except (
-        ValueError,
-        TypeError,
-        IndexError,
-        RecursionError,
-    ):  # a cycle, or nothing left to change
+    if rng.random() < 0.05:
         odd = [b"[" * 100000, b'{"a":' * 100000, b"NaN", b'{"a": Infinity}', b"1e999"]
         return rng.choice(odd)
+    value = json.loads(raw)
+    for _ in range(rng.choice([1, 1, 1, 2, 4])):
+        value = mutate_structure(value, rng)
+    return json.dumps(value).encode()
 
 
 def mutate_bytes(raw, rng):
@@ -351,7 +337,7 @@ def choose(world, rng):
     """-> the words of a case, and the file that it damages, None for the words themselves"""
     name = rng.choice(list(CONFIGS))
     translating = f"--pair qaa-qab --tuned run-{name} --translate input".split()
-    tuning = run_words(world, name, "out")
+    tuning = run_words(name, "out")
     kind = rng.choices(["words", "text", "checkpoint", "finished", "begun"], [2, 2, 6, 4, 4])[0]
     if kind == "words":
         words = mutate_words(rng.choice([translating, tuning]), rng)
@@ -409,7 +395,7 @@ def check(world, number, seed=0):
     _, status, usage = os.wait4(child, 0)
     if status:
         outcome = f"the process ended with {os.waitstatus_to_exitcode(status)}"
-    elif usage.ru_maxrss * 1024 > BYTES:
+    elif usage.ru_maxrss * 1024 > MEMORY:
         outcome = f"{usage.ru_maxrss} KiB"
     after = listing(world)
     changed = [file for file in before | after if before.get(file) != after.get(file)]

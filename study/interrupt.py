@@ -1,10 +1,10 @@
 """Ends runs at random moments and goes on with them: the bytes must be those of an undisturbed run.
 
-    python study/interrupt.py --times 50 --seed 0       # about six minutes on two cores
+    python study/interrupt.py --times 50 --seed 0       # minutes on two cores
 
 Each trial is a run with two tuned pairs that saves after every step. It is ended at random moments
 until it is done, by SIGKILL; by SIGTERM; or by a file that may not grow beyond a random size, as on
-a full disk. Then two processes start on one folder, in every order: one runs, one ends at once.
+a full disk. Then two processes start on one folder: one runs, the other ends at once.
 """
 
 import argparse
@@ -21,25 +21,28 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import fuzz
 import lander
+from study import fuzz
+
+WORDS = "--pair qaa-qab,qaa-qad --steps 12 --eval-pairs qaa-qab,qad-qac,qaa-qad".split()
+# Of each kind, the status in which an ended run ends.
+ENDS = {"SIGKILL": -signal.SIGKILL, "SIGTERM": 130, "full disk": 2}
 
 
-def start(words, folder, largest_file=None):
-    """Run lander.main in a process of its own, in that folder. -> its number"""
+def start(world, out, *words, largest_file=resource.RLIM_INFINITY):
+    """Run lander.main in a process of its own, in that world. -> its number"""
     child = os.fork()
     if child:
         return child
-    os.chdir(folder)
+    os.chdir(world)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as lander.py has it
-    if largest_file is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
     lander.SAVE_EVERY = 0
-    with open("err", "a") as err, open("out", "a") as out:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            status = 99  # a traceback
+    status = 99  # a traceback
+    with open(f"{out}.err", "a") as err, open(f"{out}.out", "a") as printed:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(err):
             try:
-                status = lander.main(words)
+                status = lander.main([*fuzz.run_words("bloom", out), *WORDS, *words])
             finally:
                 err.flush()
                 os._exit(status)
@@ -50,52 +53,46 @@ def wait(child):
 
 
 def contents(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*")}
 
 
-def trial(kind, words, folder, whole, seconds, largest, rng):
-    """One run, ended again and again. -> how often it was ended"""
-    folder.mkdir()
-    ended = 0
+def trial(kind, world, out, whole, seconds, rng):
+    """One run, ended again and again, each time later. -> how often it was ended"""
+    largest = max(map(len, whole.values()))
+    ended, resume = 0, []
     while True:
-        resume = ["--resume"] if (folder / "run").exists() else []
         if kind == "full disk":
-            limit = None if ended == 2 else rng.randrange(largest)
-            status = wait(start([*words, *resume], folder, limit))
-            expected = 2
+            limit = rng.randrange(largest) if ended < 2 else resource.RLIM_INFINITY
+            status = wait(start(world, out, *resume, largest_file=limit))
         else:
-            child = start([*words, *resume], folder)
-            time.sleep(rng.uniform(0, seconds))
-            number = signal.SIGKILL if kind == "SIGKILL" else signal.SIGTERM
-            os.kill(child, number)
+            child = start(world, out, *resume)
+            time.sleep(rng.uniform(0, seconds * 1.5**ended))
+            os.kill(child, getattr(signal, kind))
             status = wait(child)
-            expected = -signal.SIGKILL if kind == "SIGKILL" else 130
         if status == 0:
             break
-        assert status == expected, f"{kind}: status {status}; {(folder / 'err').read_text()}"
+        assert status == ENDS[kind], (
+            f"{kind}: status {status}; {(world / f'{out}.err').read_text()}"
+        )
         ended += 1
-        seconds *= 1.5
-    found = contents(folder / "run")
-    differing = {name for name in whole.keys() | found.keys() if whole.get(name) != found.get(name)}
+        resume = ["--resume"] if (world / out).exists() else []
+    found = contents(world / out)
+    differing = [name for name in whole | found if whole.get(name) != found.get(name)]
     assert not differing, f"{kind}: {differing} differ after {ended} ends"
-    assert "Traceback" not in (folder / "err").read_text()
     return ended
 
 
-def two_processes(words, folder):
+def two_processes(world):
     """Both at once, and one a little after the other. -> what the second was told"""
-    folder.mkdir()
-    told = []
     for delay in (0, 0.05, 0.2, 0.5):
-        out = f"run{delay}"
-        children = [start([*words, "--out", out], folder)]
+        out = f"two{delay}"
+        first = start(world, out)
         time.sleep(delay)
-        children.append(start([*words, "--out", out], folder))
-        statuses = sorted(wait(child) for child in children)
-        assert statuses == [0, 2], statuses
-        told.append((folder / "err").read_text().splitlines()[-1])
-        assert "in use by process" in told[-1], told
-    return told[-1]
+        second = start(world, out)
+        assert {wait(first), wait(second)} == {0, 2}
+        told = (world / f"{out}.err").read_text().splitlines()[-1]
+        assert "in use by process" in told, told
+    return told
 
 
 def main():
@@ -105,27 +102,20 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        fuzz.build(folder / "world")
-        words = fuzz.run_words(folder / "world", "bloom", "run")
-        words += ["--pair", "qaa-qab,qaa-qad", "--steps", "12", "--eval-pairs", "all"]
-        (folder / "whole").mkdir()
+        world = Path(temporary, "world")
+        fuzz.build(world)
         began = time.monotonic()
-        assert wait(start(words, folder / "whole")) == 0
+        assert wait(start(world, "whole")) == 0
         seconds = time.monotonic() - began
-        whole = contents(folder / "whole" / "run")
-        largest = max(map(len, whole.values()))
+        whole = contents(world / "whole")
         print(f"an undisturbed run: {seconds:.1f} s, {len(whole)} files")
         rng = random.Random(args.seed)
-        for kind in ("SIGKILL", "SIGTERM", "full disk"):
-            ends = []
+        for kind in ENDS:
+            ended = 0
             for number in range(args.times):
-                place = folder / f"{kind} {number}"
-                ends.append(trial(kind, words, place, whole, seconds, largest, rng))
-            print(
-                f"{kind}: {len(ends)} runs, ended {sum(ends)} times, all the same bytes", flush=True
-            )
-        print(f"two processes: {two_processes(words, folder / 'two')}")
+                ended += trial(kind, world, f"{kind} {number}", whole, seconds, rng)
+            print(f"{kind}: {args.times} runs, ended {ended} times, all the same bytes", flush=True)
+        print(f"two processes: {two_processes(world)}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 """What learns: the method, the method without each of its parts, its rivals, and its variants.
 
 A method is a function (model, context) -> learners: it changes the model as it needs, and says which
-parameters learn from which pair, {"en-de": {name: Parameter}}. compare.py does the rest: the same
-training, with the same batches, and the same evaluation for all.
+parameters learn from which pair, {"en-de": {name: Parameter}}. A keeper goes with any method: it
+holds what learns near its start. compare.py does the rest: the same training, with the same batches,
+and the same evaluation for all.
 
-In this file: LANDeRMT and its parts; whole weights; LoRA and adapters; attention, too; decay to the
-start.
+In this file: LANDeRMT and its parts; whole weights; LoRA and adapters; attention, too; the public
+scripts' recipe; keepers.
 """
 
 import math
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -18,6 +20,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 
 import lander
+from data import make_batch, split_pair
 from model import Linear
 
 
@@ -31,6 +34,10 @@ class Context(NamedTuple):
     differences: dict  # pair -> [L-1], by representation analysis
     awareness: torch.Tensor  # [P, L, F] of the neurons of all layers
     channels: torch.Tensor  # [P, L, D] of the channels of attention
+    adjacent: list = ()  # the layers that the public scripts' recipe trains
+    languages: dict = {}  # language -> name of a module -> [out], how much each output matters
+    valid: dict = {}  # pair -> rendered examples, of the same sentences in every pair
+    start_text: dict = {}  # split -> pair -> rendered sources with the start's own translations
 
 
 # --------------------------------------------------------------------------------------------------
@@ -133,6 +140,11 @@ def layers(model, context):
     return learners
 
 
+def linear(model, context):
+    """Every linear layer of the blocks."""
+    return weights(model, context, lambda name: name.startswith("blocks."))
+
+
 def all_ffn(model, context):
     return weights(model, context, lambda name: ".ffn." in name)
 
@@ -165,16 +177,16 @@ class LoRA(nn.Module):
         return self.linear(x) + functional.linear(low, self.lora_b.to(x.dtype)) * self.scale
 
 
-LORA_RANK, LORA_ALPHA = 8, 16  # alpha = 2 r, as in practice
+def add_lora(model, wanted, rank=8):
+    """Put a LoRA around the linear layers of the blocks whose names satisfy `wanted`.
 
-
-def add_lora(model, wanted):
-    """Put a LoRA around the linear layers of the blocks whose names satisfy `wanted`."""
+    alpha = 2 r, as in practice.
+    """
     for name, module in list(model.blocks.named_modules()):
         if isinstance(module, Linear) and wanted(name) and module.weight.numel():
             parent, _, child = name.rpartition(".")
             module.zero_rows = module.zero_columns = 0  # A has exactly as many columns
-            setattr(model.blocks.get_submodule(parent), child, LoRA(module, LORA_RANK, LORA_ALPHA))
+            setattr(model.blocks.get_submodule(parent), child, LoRA(module, rank, 2 * rank))
 
 
 class Adapter(nn.Module):
@@ -218,8 +230,8 @@ def added(model, context):
     return dict.fromkeys(context.tuned, own)
 
 
-def lora_all(model, context):
-    add_lora(model, lambda name: True)
+def lora_all(model, context, rank=8):
+    add_lora(model, lambda name: True, rank)
     return added(model, context)
 
 
@@ -240,7 +252,7 @@ def adapter_lora(model, context):
 
 
 class Selected(nn.Module):
-    """Some rows (dimension 0) or columns (1) of a weight learn; all others stay as they are."""
+    """Some rows (dimension 0) or columns (1) of a weight learn, as fp32 masters; no others."""
 
     def __init__(self, start, dimension, index):
         super().__init__()
@@ -249,10 +261,11 @@ class Selected(nn.Module):
         self.register_buffer("index", index)
 
     def forward(self, part):
-        return self.start.index_copy(self.dimension, self.index, part)
+        return self.start.index_copy(self.dimension, self.index, part.to(self.start.dtype))
 
     def right_inverse(self, weight):
-        return weight.index_select(self.dimension, self.index)
+        # As a sequence: a parametrization of one tensor may not be of another type.
+        return [weight.index_select(self.dimension, self.index).float()]
 
 
 def learn_part(model, name, dimension, index):
@@ -260,9 +273,10 @@ def learn_part(model, name, dimension, index):
     place, _, kind = name.rpartition(".")
     module = model.get_submodule(place)
     start = getattr(module, kind)
-    parametrize.register_parametrization(module, kind, Selected(start, dimension, index))
+    part = Selected(start, dimension, index)
+    parametrize.register_parametrization(module, kind, part, unsafe=True)  # the part is in fp32
     whole = getattr(module.parametrizations, kind)
-    return {f"{place}.parametrizations.{kind}.original": whole.original}
+    return {f"{place}.parametrizations.{kind}.original0": whole.original0}
 
 
 def attention_channels(model, context, layers, learn):
@@ -284,7 +298,6 @@ def attention_channels(model, context, layers, learn):
     # Of the fused projection: query, key and value of each channel.
     rows = torch.stack([query, *shared]).reshape(3, H * d)
     for layer, chosen in zip(layers, learn):
-        model.blocks[layer].attention.float()  # fp32 masters
         place = f"blocks.{layer}.attention"
         index = rows[:, chosen].unique()
         own |= learn_part(model, f"{place}.query_key_value.weight", 0, index)
@@ -312,18 +325,18 @@ def both(model, context, epsilon=None):
     return {pair: attention[pair] | ffn[pair] for pair in context.tuned}
 
 
-def both_of_layers(model, context):
-    """Channels of attention and neurons of the FFN, in the same layers."""
+def all_units(model, context):
+    """LANDeRMT with all units: the FFN's neurons and attention's channels, of the same layers."""
     (layers,) = select(context).values()
     attention = channels(model, context, layers)
     ffn = landermt(model, context)
     return {pair: attention[pair] | ffn[pair] for pair in context.tuned}
 
 
-def both_of_layers_random(model, context):
+def all_units_random(model, context):
     """The same numbers of channels and neurons, by chance."""
     awareness, channels = shuffled(context.awareness), shuffled(context.channels)
-    return both_of_layers(model, context._replace(awareness=awareness, channels=channels))
+    return all_units(model, context._replace(awareness=awareness, channels=channels))
 
 
 def blocks_of_layers(model, context):
@@ -331,6 +344,109 @@ def blocks_of_layers(model, context):
     (selected,) = select(context).values()
     places = tuple(f"blocks.{layer}." for layer in selected)
     return weights(model, context, lambda name: name.startswith(places))
+
+
+# --------------------------------------------------------------------------------------------------
+# The recipe of the public scripts
+#
+# github.com/rainyuniverse/llm_interpre is very likely the authors'. There a unit is an output of any
+# module of a block: a row of its weight and its bias. Languages own units, not pairs; a row's
+# gradient is scaled by its awareness, and nothing is routed.
+
+
+def adjacent_layers(differences, k):
+    """k layers in pairs: each largest |A[l+1] - A[l]| selects both its layers.
+
+    [1, 5, 4, 2], 4 -> [1, 2, 3, 4]: the second largest shares layer 2 with the largest
+    """
+    chosen = []
+    for lower in torch.as_tensor(differences).argsort(descending=True, stable=True).tolist():
+        if len(chosen) < k and not {lower, lower + 1} & set(chosen):
+            chosen += [lower, lower + 1]
+    return sorted(chosen)
+
+
+def modules_with_units(model, layers):
+    """name -> module of all that has outputs to score, norms included."""
+    found = {}
+    for layer in layers:
+        for name, module in model.blocks[layer].named_modules(prefix=f"blocks.{layer}"):
+            if getattr(module, "weight", None) is not None:
+                found[name] = module
+    return found
+
+
+def output_awareness(model, sentences):
+    """How much each output of each module matters to a language: |output * dloss/doutput|.
+
+    The loss is a sentence's mean over its tokens, each predicted from those before it; the score is
+    the mean over tokens, then the sum over sentences. sentences: lists of ids -> name -> [out]
+    """
+    outputs = {}
+    total = {}
+
+    def record(name, module, inputs, output):
+        outputs[name] = output.requires_grad_()
+
+    modules = modules_with_units(model, range(model.config.layers))
+    handles = [m.register_forward_hook(partial(record, name)) for name, m in modules.items()]
+    for ids in sentences:
+        batch = make_batch([(ids[:1], ids[1:])], 0)
+        loss = lander.target_loss(model, batch) / (len(ids) - 1)
+        gradients = torch.autograd.grad(loss, list(outputs.values()))
+        for (name, output), gradient in zip(outputs.items(), gradients):
+            effect = (output.detach() * gradient).abs().float().mean((0, 1))  # [out]
+            total[name] = total.get(name, 0) + effect.cpu()
+    for handle in handles:
+        handle.remove()
+    return total
+
+
+def scripts(model, context):
+    """General units and those of a pair's two languages, in layers that all pairs share.
+
+    The highest variances of a module, unscaled, make its specific units. Several pairs are mixed in
+    each step, so that what a pair may move is a matter of its own part of the gradient: the hook
+    asks for model.pair, which the training sets.
+    """
+    codes = list(context.languages)
+    own = {}
+    for name, module in modules_with_units(model, context.adjacent).items():
+        scores = torch.stack([context.languages[code][name] for code in codes])  # [languages, out]
+        specific = round((1 - context.settings.epsilon) * scores.shape[1])
+        owner = scores.argmax(0)
+        general = torch.ones_like(owner, dtype=torch.bool)
+        general[scores.var(0).argsort(descending=True, stable=True)[:specific]] = False
+        factors = {}  # of the rows' gradients
+        for pair in context.tuned:
+            languages = [codes.index(code) for code in split_pair(pair)]
+            awareness = scores[languages].mean(0)
+            trained = general | torch.isin(owner, torch.tensor(languages))
+            factors[pair] = trained * awareness / awareness.mean()
+        rows = sum(factors.values()).nonzero().flatten()
+        for kind, _ in list(module.named_parameters()):
+            ((long_name, part),) = learn_part(model, f"{name}.{kind}", 0, rows).items()
+            own_factors = {pair: factor[rows] for pair, factor in factors.items()}
+            part.requires_grad_(True).register_hook(partial(scale_rows, model, own_factors))
+            own[long_name] = part
+    return dict.fromkeys(context.tuned, own)
+
+
+def scale_rows(model, factors, gradient):
+    """As the pair of the batch says; other pairs' text, a keeper's, scales nothing.
+
+    factors: tuned pair -> [rows]; gradient: [rows, ..]
+    """
+    if model.pair not in factors:
+        return gradient
+    factor = factors[model.pair].to(gradient)
+    return gradient * factor.view(-1, *[1] * (gradient.dim() - 1))
+
+
+def route(model, pair):
+    """What comes next is text of that pair; None: of one that is not tuned."""
+    lander.route(model, pair)
+    model.pair = pair
 
 
 PARTS = {
@@ -344,19 +460,22 @@ PARTS = {
 RIVALS = {
     "full": full,
     "layers": layers,
+    "linear": linear,
     "ffn": all_ffn,
     "attention": all_attention,
     "lora-all": lora_all,
+    "lora-32": partial(lora_all, rank=32),
     "adapters": adapters,
     "adapter-lora": adapter_lora,
 }
 VARIANTS = {
+    "units-all": all_units,
+    "units-random": all_units_random,
+    "scripts": scripts,
     "channels": channels,
     "channels-half": partial(channels, epsilon=0.5),
     "both": both,
     "both-half": partial(both, epsilon=0.5),
-    "both-of-layers": both_of_layers,
-    "both-of-layers-random": both_of_layers_random,
     "blocks-of-layers": blocks_of_layers,
 }
 SWEEPS = {
@@ -372,32 +491,81 @@ METHODS = PARTS | RIVALS | VARIANTS | SWEEPS
 
 
 # --------------------------------------------------------------------------------------------------
-# Decay to the start, of any method
+# Keepers: what holds any method near its start
 
 
-class FromStart(nn.Module):
-    """A weight as its start plus what is learned, so that decay draws it to the start."""
-
-    def __init__(self, start):
-        super().__init__()
-        self.register_buffer("start", start.detach().clone())
-
-    def forward(self, change):
-        return self.start + change
-
-    def right_inverse(self, weight):
-        return weight - self.start
+def rms(tensor):
+    return tensor.detach().float().square().mean().sqrt().item()
 
 
-L2_DECAY = 10.0  # a step takes this times the learning rate of the way back
+def pulls(model, parameters, radius):
+    """name -> L, AdamW's decay to the start: no weight moves farther than 1 / L.
+
+    1 / L = radius * rms(W), of each tensor's start, so that a radius means the same on every model.
+    LoRA's B starts at zero: there radius * rms(W) bounds (alpha / r) B A, A as it started. Nothing
+    pulls other tensors of zeros, routers above all: other pairs are not routed.
+    """
+    found = {}
+    for name, parameter in parameters.items():
+        size = rms(parameter)
+        if name.endswith(".lora_b"):
+            lora = model.get_submodule(name.removesuffix(".lora_b"))
+            rank = len(lora.lora_a)
+            size = rms(lora.linear.weight) / (lora.scale * math.sqrt(rank) * rms(lora.lora_a))
+        found[name] = 1 / (radius * size) if size else 0.0
+    return found
 
 
-def draw_to_start(model, learners):
-    """Learn the difference to the start instead of the weights themselves. -> learners"""
-    changes = {}
-    for name, parameter in lander.merged(learners).items():
-        place, _, kind = name.rpartition(".")
-        module = model.get_submodule(place)
-        parametrize.register_parametrization(module, kind, FromStart(parameter))
-        changes[name] = getattr(module.parametrizations, kind).original
-    return {pair: {name: changes[name] for name in own} for pair, own in learners.items()}
+def fisher(model, parameters, examples):
+    """name -> the square of the gradient of each sentence's loss, summed, over its mean.
+
+    examples: of other pairs, [(prompt ids, target ids), ...]
+    """
+    model.requires_grad_(False)
+    squares = {}
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(True)
+        squares[name] = torch.zeros_like(parameter)
+    route(model, None)
+    for example in examples:
+        lander.target_loss(model, make_batch([example], 0)).backward()
+        for name, parameter in parameters.items():
+            if parameter.grad is not None:  # a router learns from its own pair alone
+                squares[name] += parameter.grad.square()
+                parameter.grad = None
+    mean = torch.cat([square.flatten() for square in squares.values()]).mean()
+    return {name: square / mean for name, square in squares.items()}
+
+
+@torch.no_grad()
+def pull_to_start(parameters, start, strengths, rate):
+    """A step of decay: strength * rate of the way back. strengths: name -> number or tensor"""
+    for name, parameter in parameters.items():
+        part = torch.as_tensor(rate * strengths[name], dtype=parameter.dtype).clamp(max=1)
+        parameter.lerp_(start[name], part.to(parameter.device))
+
+
+@contextmanager
+def at_start(parameters, start):
+    """While open, the model is what it was before training."""
+    now = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    lander.load_parameters("", start, parameters)
+    try:
+        yield
+    finally:
+        lander.load_parameters("", now, parameters)
+
+
+def log_probabilities(model, batch):
+    """Of the next token, at each target token. -> [N, V]"""
+    ids, mask, targets = lander.to_device(batch, model)
+    hidden = model.hidden_states(ids, mask)[targets != -100]
+    return model.logits(hidden).float().log_softmax(-1)
+
+
+def kl_from_start(model, batch, parameters, start):
+    """KL(p0 || p), summed over target tokens; p0 is what the model said before training."""
+    with at_start(parameters, start), torch.no_grad():
+        before = log_probabilities(model, batch)
+    now = log_probabilities(model, batch)
+    return functional.kl_div(now, before, log_target=True, reduction="sum")

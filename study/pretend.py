@@ -1,28 +1,30 @@
-"""lander.py on a device that is not the CPU, where there is none: a tensor in the wrong place ends the run.
-
-    python study/pretend.py --pair en-de --weights W --data D       # any option of lander.py
+"""A device that is not the CPU, where there is none: a tensor in the wrong place ends the run.
 
 Tensors on "pretend:0" wrap CPU tensors and compute on the CPU, but an operation that mixes them with
-tensors on the CPU raises, as it would on CUDA. What this does not show: speed, memory, kernels, and
---checkpointing, whose backward pass runs in a thread that no dispatch mode reaches.
-"""
+tensors on the CPU raises, as it would on CUDA. register() comes before lander is imported; then
 
-import sys
-from pathlib import Path
+    with OnPretend():
+        lander.main(["--device", "pretend", ...])
+
+What this does not show: speed, memory, kernels, and --checkpointing, whose backward pass runs in a
+thread that no dispatch mode reaches.
+"""
 
 import safetensors.torch
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 aten = torch.ops.aten
 # Operations that may read tensors of both kinds: moves between devices, and indices from the CPU.
 MOVES = {aten._to_copy.default, aten.copy_.default}
-INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
-INDEXING |= {aten._index_put_impl_.default}
+INDEXING = {
+    aten.index.Tensor,
+    aten.index_put.default,
+    aten.index_put_.default,
+    aten._index_put_impl_.default,
+}
 
 
 class Pretend(torch.Tensor):
@@ -35,9 +37,6 @@ class Pretend(torch.Tensor):
         self = torch.Tensor._make_wrapper_subclass(cls, numbers.shape, **layout, **options)
         self.numbers = numbers
         return self
-
-    def __repr__(self):
-        return f"Pretend({self.numbers})"
 
     def tolist(self):
         return self.numbers.tolist()
@@ -60,28 +59,24 @@ class OnPretend(TorchDispatchMode):
         return compute(operation, args, kwargs or {})
 
 
-def is_pretend(device):
-    return device is not None and torch.device(device).type in ("pretend", "privateuseone")
-
-
 def check_places(operation, args, kwargs):
     """RuntimeError for a CPU tensor beside one on the device; numbers without dimensions may be."""
     if operation in INDEXING:
         args = (args[0], *args[2:])  # all but the indices
-    for tensor in tree_flatten((args, kwargs))[0]:
-        if not isinstance(tensor, torch.Tensor) or isinstance(tensor, Pretend):
-            continue
-        if tensor.dim() > 0 and tensor.device.type == "cpu":
-            raise RuntimeError(f"{operation}: a tensor {list(tensor.shape)} is on the CPU")
+    for x in tree_leaves((args, kwargs)):
+        on_cpu = isinstance(x, torch.Tensor) and not isinstance(x, Pretend)
+        if on_cpu and x.dim() > 0 and x.device.type == "cpu":
+            raise RuntimeError(f"{operation}: a tensor {list(x.shape)} is on the CPU")
 
 
 def compute(operation, args, kwargs):
     """Do on the CPU what was asked for on either device, and wrap what belongs on pretend:0."""
-    tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Pretend)]
-    made_there = is_pretend(kwargs.get("device"))
-    if not tensors and not made_there:
+    known = {id(x.numbers): x for x in tree_leaves((args, kwargs)) if isinstance(x, Pretend)}
+    device = kwargs.get("device")
+    made_there = device is not None and torch.device(device).type in ("pretend", "privateuseone")
+    if not known and not made_there:
         return operation(*args, **kwargs)
-    if tensors and operation not in MOVES:
+    if known and operation not in MOVES:
         check_places(operation, args, kwargs)
     if made_there:
         kwargs = kwargs | {"device": torch.device("cpu")}
@@ -89,18 +84,21 @@ def compute(operation, args, kwargs):
     result = operation(*unwrapped[0], **unwrapped[1])
     if operation is aten.copy_.default:
         return args[0]
-    moved_here = operation is aten._to_copy.default and kwargs.get("device") is not None
-    if moved_here and not made_there:
-        return result
-    known = {id(x.numbers): x for x in tensors}  # an operation in place returns its argument
+    if operation is aten._to_copy.default and device is not None and not made_there:
+        return result  # it was moved here
+    # An operation in place returns its argument.
     wrap = lambda x: known[id(x)] if id(x) in known else Pretend(x)
     return tree_map_only(torch.Tensor, wrap, result)
 
 
 def register():
-    """Give PyTorch the device, and replace what passes every dispatch mode by."""
+    """Give PyTorch the device, and replace what passes every dispatch mode by.
+
+    -> what must be kept: with it goes what it registered
+    """
     _setup_privateuseone_for_python_backend("pretend")
     torch.inference_mode = torch.no_grad  # wrapped tensors know no inference mode
+    from_data, save_file = torch.tensor, safetensors.torch.save_file
 
     def empty_strided(size, stride, *, dtype=None, **options):
         return Pretend(torch.empty_strided(size, stride, dtype=dtype))
@@ -113,35 +111,16 @@ def register():
         numbers[1].copy_(numbers[0])
         return target
 
-    library = torch.library.Library("aten", "IMPL")
-    library.impl("empty_strided", empty_strided, "PrivateUse1")
-    library.impl("empty.memory_format", empty, "PrivateUse1")
-    library.impl("_copy_from", copy_from, "PrivateUse1")
-    from_data = torch.tensor
-
     def tensor(data, *, device=None, **options):
-        made = from_data(data, **options)
-        return made if device is None else made.to(device)
-
-    torch.tensor = tensor
-    save_file = safetensors.torch.save_file
+        return from_data(data, **options).to(device)
 
     def save_from_cpu(tensors, *args, **options):
         save_file({name: x.to("cpu") for name, x in tensors.items()}, *args, **options)
 
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("empty_strided", empty_strided, "PrivateUse1")
+    library.impl("empty.memory_format", empty, "PrivateUse1")
+    library.impl("_copy_from", copy_from, "PrivateUse1")
+    torch.tensor = tensor
     safetensors.torch.save_file = save_from_cpu  # a wrapped tensor has no memory to write from
-    return library  # to be kept: with it goes what it registered
-
-
-def main(argv):
-    library = register()
-    import lander  # which imports what was replaced
-
-    with OnPretend():
-        status = lander.main(["--device", "pretend", *argv])
-    del library
-    return status
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    return library

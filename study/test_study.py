@@ -15,7 +15,7 @@ import lander
 import model
 from data import render
 from model import Decoder
-from study import compare, fuzz, methods, picture, plan, probe
+from study import bench, compare, fuzz, methods, picture, probe
 from test_lander import KINDS, PAIRS, Letters, arguments, assert_close, batched, finished
 from test_lander import padded_ids, random_examples, randomize, step, tiny_config, tiny_decoder
 from test_lander import world
@@ -31,7 +31,7 @@ def small_context(decoder):
     generator = torch.Generator().manual_seed(0)
     awareness = torch.rand(3, L, F, generator=generator)
     channels = torch.rand(3, L, D, generator=generator)
-    inputs = lander.Inputs({}, {}, dict.fromkeys(PAIRS, []), {}, {})
+    inputs = lander.Inputs({}, {}, dict.fromkeys(PAIRS, []), {}, {}, 256, {})
     settings = lander.Settings(epsilon=0.7, layers=2)
     differences = {"en-de": [3.0, 2.0, 1.0]}
     return methods.Context(settings, Letters, inputs, ["en-de"], differences, awareness, channels)
@@ -55,8 +55,6 @@ TRAINED_BY = {
     "epsilon=0.5": r"blocks\.[12]\.ffn\.(general\.|specific\.en-de\.|router\.en-de)",
     "channels": r"blocks\.\d\.attention\..*original",
     "channels-half": r"blocks\.\d\.attention\..*original",
-    "both-of-layers": r"blocks\.[12]\.(attention\..*original|ffn\.(general|specific|router))",
-    "both-of-layers-random": r"blocks\.[12]\.(attention\..*original|ffn\.(general|specific|router))",
     "blocks-of-layers": r"blocks\.[12]\.(attention|ffn)\.",
     "both": r"blocks\.(\d\.attention\..*original|[12]\.ffn\.(general|specific\.en-de|router\.en-de))",
 }
@@ -143,79 +141,6 @@ def test_lora_equals_pefts():
     assert_close(ours.lora_a.grad, theirs.lora_A["default"].weight.grad)
     assert_close(ours.lora_b.grad, theirs.lora_B["default"].weight.grad)
     assert ours.lora_a.abs().max() <= 12**-0.5
-
-
-@pytest.mark.parametrize("method", ["attention", "both"])
-def test_decay_draws_to_the_start(method):
-    """L2 to zero under another name: the start itself must not decay, and the function must be the same."""
-    decoder = tiny_decoder("bloom", layers=4)
-    ids, mask = padded_ids(90, "right")
-    learners = methods.METHODS[method](decoder, small_context(decoder))
-    start = {name: p.detach().clone() for name, p in learners["en-de"].items()}
-    expected = decoder(ids, mask)
-    learners = methods.draw_to_start(decoder, learners)
-    assert torch.equal(decoder(ids, mask)[mask], expected[mask])
-    changes = learners["en-de"]
-    assert set(changes) == set(start) and not any(p.any() for p in changes.values())
-    optimizer = torch.optim.AdamW(changes.values(), lr=0.01, weight_decay=10.0)
-    for p in changes.values():
-        p.data.fill_(1.0)
-        p.grad = torch.zeros_like(p)
-    optimizer.step()
-    for name, change in changes.items():
-        assert torch.allclose(change, torch.tensor(0.9))
-        place, _, kind = name.rpartition(".")
-        assert torch.equal(getattr(decoder.get_submodule(place), kind), start[name] + change)
-
-
-def test_a_grid(world, tmp_path, monkeypatch, capsys):
-    """Cells that are run twice."""
-    pytest.importorskip("matplotlib")
-    monkeypatch.chdir(tmp_path)
-    words = [word for word in arguments(world, "--steps", "3", "--eval-pairs", "qaa-qab,qab-qaa")]
-    words += ["--out", "grid", "--rates", "0.01", "--methods"]
-    names = "lora-all,lander:7+replay,attention+l2,attention+l2=90,k=1,k=2"
-    assert compare.main([*words, names]) == 0, capsys.readouterr().err
-    cells = {line["method"]: line for line in compare.read_results(Path("grid"))}
-    assert list(cells) == names.split(",")
-    assert cells["attention+l2=90"]["valid_loss"] != cells["attention+l2"]["valid_loss"]
-    first = cells["lander:7+replay"]
-    assert first["pairs"] == ["qaa-qab"] and first["trained"] > 0
-    assert set(first["after"]) == {"qaa-qab", "qab-qaa"}
-    change = compare.gains(first)
-    assert change["tuned"] == first["after"]["qaa-qab"]["bleu"] - first["before"]["qaa-qab"]["bleu"]
-    assert change["others"] == change["other target"]
-    assert change["same target"] != change["same target"]  # NaN: there is none
-    before = Path("grid/results.jsonl").read_text()
-    assert compare.main([*words, names]) == 0
-    assert Path("grid/results.jsonl").read_text() == before
-    capsys.readouterr()
-    assert compare.main(["--plot", "grid"]) == 0
-    table = capsys.readouterr().out
-    for name in ("lora-all", "lander:7+replay", "k  "):
-        assert sum(line.startswith(name) for line in table.splitlines()) >= 1
-    drawn = {path.name for path in Path("grid").glob("*.svg")}
-    assert drawn == {"front.svg", "layers.svg"}
-    assert compare.main([*words, "lora-al"]) == 2
-    assert "'lora-al'" in capsys.readouterr().err
-    assert compare.main([*words, "lora-all", "--layers", "1"]) == 2
-    assert "grid.json: a grid with other settings" in capsys.readouterr().err
-
-
-def test_pairs_tuned_each_and_in_turn(world, tmp_path, monkeypatch, capsys):
-    """In-turn that starts anew for each pair, or trains on another pair's text."""
-    monkeypatch.chdir(tmp_path)
-    words = [word for word in arguments(world, "--steps", "3", "--eval-pairs", "qaa-qab,qab-qaa")]
-    words += ["--rates", "0.01", "--methods", "attention", "--pair", "qaa-qab,qab-qaa"]
-    for tune in ("each", "in-turn"):
-        assert compare.main([*words, "--out", tune, "--tune", tune]) == 0, capsys.readouterr().err
-    each = compare.read_results(Path("each"))
-    (turn,) = compare.read_results(Path("in-turn"))
-    assert [line["pairs"] for line in each] == [["qaa-qab"], ["qab-qaa"]]
-    assert list(turn["stages"]) == turn["pairs"] == ["qaa-qab", "qab-qaa"]
-    assert turn["stages"]["qaa-qab"] == each[0]["after"]  # the first pair is tuned as it is alone
-    assert turn["stages"]["qab-qaa"] == turn["after"] != each[1]["after"]
-    assert list(compare.forgetting([turn])["attention"]) == ["qaa-qab", "qab-qaa"]
 
 
 def test_the_best_rate_is_chosen_on_validation_loss():
@@ -306,7 +231,7 @@ def test_a_report(world, tmp_path, monkeypatch, capsys):
     """A page that needs another file, that text can break, or that shades tokens by another CAR."""
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
-    assert lander.main(arguments(world, "--epsilon", "0.5", "--steps", "1")) == 0
+    assert lander.main(arguments(world, "--epsilon 0.5 --steps 1")) == 0
     capsys.readouterr()
     source, reference = (Path(f"run/hypotheses/qaa-qab.{n}.txt") for n in ("source", "reference"))
     sentences = list(zip(data.read_lines(source), data.read_lines(reference)))
@@ -366,10 +291,10 @@ def test_a_report_without_routing_and_validation(world, tmp_path, monkeypatch, c
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     shutil.copytree(world / "data", "text", ignore=shutil.ignore_patterns("valid.*"))
-    words = ["--data", "text", "--steps", "2", "--eval-pairs", "qaa-qab"]
-    for name, more in (("plain", ["--no-routing"]), ("general", ["--epsilon", "1"])):
-        words_of_run = [*words, "--out", name, *more]
-        assert lander.main(arguments(world, *words_of_run, pair="qaa-qab,qac-qab")) == 0
+    words = "--data text --steps 2 --eval-pairs qaa-qab"
+    for name, more in (("plain", "--no-routing"), ("general", "--epsilon 1")):
+        words_of_run = f"{words} --out {name} {more}"
+        assert lander.main(arguments(world, words_of_run, pair="qaa-qab,qac-qab")) == 0
         assert picture.main([name]) == 0, capsys.readouterr().err
         page = Path(name, "report.html").read_text()
         assert page.count("there is no CAR to show") == 2 and 'class="tokens"' not in page
@@ -393,24 +318,23 @@ def test_no_report_on_an_unfinished_run(finished, tmp_path, monkeypatch, capsys)
 
 
 # --------------------------------------------------------------------------------------------------
-# Speed and memory, planned (study/plan.py)
+# Speed and memory, planned (study/bench.py)
 
 
-@pytest.mark.parametrize("case", plan.CASES)
+@pytest.mark.parametrize("case", bench.CASES)
 def test_a_plan_counts_what_happens(case):
     """Operations that the real code does not do; tensors without values that live longer, or are not counted."""
-    words = dict(
-        layers=2, pairs=3, micro_tokens=256, cache_gb=1e-3, checkpointing=False, dtype="float32"
-    )
-    args = plan.Namespace(**words)
+    sizes = dict(layers=2, micro_tokens=256, cache_gb=1e-3, repeats=1)
+    args = bench.argparse.Namespace(**sizes, dtype="float32", device="cpu")
     config = tiny_config("bloom", vocabulary=500, layers=4)
-    peak, operations = plan.plan(case, config, args)
-    assert operations == pytest.approx(plan.measure(case, config, args)[1], rel=1e-3)
+    peak, operations = bench.plan(case, config, args)
+    assert operations == pytest.approx(bench.measure(case, config, args)[1], rel=1e-3)
     weights = 4 * sum(p.numel() for p in Decoder(config).parameters())
-    logits = 4 * 500 * (256 // plan.SENTENCE) * (plan.TARGET + 1)
+    logits = 4 * 500 * (256 // bench.SENTENCE) * (bench.TARGET + 1)
     assert weights + (1e6 if case == "generate" else logits) < peak < 12e6
     args.micro_tokens = 2048
-    assert (plan.plan(case, config, args)[0] > 2 * peak) == (case != "generate")
+    more = bench.plan(case, config, args)[0]
+    assert more == peak if case == "generate" else more > 1.5 * peak
 
 
 # --------------------------------------------------------------------------------------------------
@@ -421,5 +345,5 @@ def test_mutated_inputs_end_in_a_result_or_one_line(tmp_path):
     """A few hundred of study/fuzz.py's cases: no traceback, no hang, nothing written elsewhere."""
     fuzz.build(tmp_path / "world")
     outcomes = [fuzz.check(tmp_path / "world", number, seed=1) for number in range(300)]
-    assert [what for what, outcome in outcomes if outcome not in (0, 2)] == []
-    assert {outcome for _, outcome in outcomes} == {0, 2}
+    assert [case for case, outcome in outcomes if outcome not in ("0", "2")] == []
+    assert {outcome for _, outcome in outcomes} == {"0", "2"}
