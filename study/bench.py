@@ -1,193 +1,221 @@
-"""Times this project against transformers, peft and tokenizers: the same work on the same weights, in turn, in one run.
+"""Speed and memory: beside other libraries, planned, measured, and of the whole command.
 
-    python study/bench.py --weights bloom-560m/ --data wmt16/ --pair en-de    # a BLOOM folder with its tokenizer
-    python study/bench.py --shape 1024,4,16,50000                             # random weights (D,L,H,V) and text
-    python study/bench.py --shape 1024,4,16,50000 --family llama              # the same of a LLaMA
-    python study/bench.py --weights bloom-560m/ --device cuda --dtype bfloat16
+    python study/bench.py against --weights bloom-560m/ --data wmt16/    # transformers, peft, tokenizers
+    python study/bench.py against --shape 1024,4,16,50000 --family llama # random weights, D,L,H,V
+    python study/bench.py plan                                           # the table of README.md
+    python study/bench.py plan --weights bloom-7b1/ --layers 2           # its config.json is enough
+    python study/bench.py step --shape 1024,16,16,50000 --device cuda    # the plan, and what happens
+    python study/bench.py startup --weights bloom-560m/ --data wmt16/    # millions of pairs
+    python study/bench.py large --shape 4096,30,32,250880 --tokenizer bloom-7b1/tokenizer.json \\
+        --folder DIR --pair en-de --data wmt16/                          # and any option of lander.py
 
-load       the checkpoint folder into a model on the device
-train      forward and backward, gradients of every weight, over one padded batch of translation examples
-lora       a step of ours (general and own neurons and routers of --layers layers) against one of peft's LoRA, all linear
-           layers, r 8: the same passes, clipping and AdamW
-full       the same step of ours against full finetuning in transformers
-score      neuron_awareness of --layers layers against a plain forward and backward pass of the same model down to them
-generate   greedy continuations of 64 prompts of mixed length in one batch
-evaluate   translating a test set to the end of the line, against transformers sorted by length, at its best batch size
-tokenize   10,000 sentences one by one, by a new tokenizer each time, so that no cache is warm
-
-A row gives the median seconds of each, the ratio of medians (above 1: ours is faster) and the smallest and largest
-ratio of two neighbouring runs. The run fails where the two do not give the same loss, continuations or token ids.
+In this file: what is measured; against others; plan and step; startup; large; the command line.
 """
 
 import argparse
 import copy
 import os
 import random
+import resource
+import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 import warnings
+import weakref
 import zlib
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-os.environ["RAYON_NUM_THREADS"] = "1"  # the Rust library, single-threaded
-os.environ["HF_HUB_OFFLINE"] = "1"
-
-import peft
-import tokenizers
 import torch
-import torch.nn.functional as F
-import transformers
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lander
-from data import (
-    first_line,
-    line_ends,
-    load_tokenizer,
-    make_batch,
-    make_batches,
-    read_parallel,
-    render,
-)
-from model import load_model, save_model
-from study.shapes import FAMILIES, random_decoder, shape_config
-
-transformers.utils.logging.disable_progress_bar()
-transformers.utils.logging.set_verbosity_error()
-warnings.simplefilter("ignore", FutureWarning)  # of transformers, at peft
-
-PAD, EOS = 3, 2
+from data import InputError, exit_status, fingerprint, first_line, line_ends, load_tokenizer
+from data import make_batch, make_batches, read_lines, read_parallel, render, split_pair, write_json
+from model import PROMPTS_AT_ONCE, Cache, Config, cast_once, load_model, save_model, to_published
+from study.shapes import FAMILIES, random_decoder, shape_config, write_shards
 
 
-def alternate(name, ours, theirs, args, prepare=lambda: None):
-    """Run both once to warm up, then in turn; print the row."""
-    seconds = {ours: [], theirs: []}
-    for repeat in range(args.repeats + 1):
-        prepare()
-        for run in (ours, theirs):
-            start = time.perf_counter()
-            run()
-            if args.device == "cuda":
-                torch.cuda.synchronize()
-            if repeat:
-                seconds[run].append(time.perf_counter() - start)
-    median = {run: statistics.median(times) for run, times in seconds.items()}
-    ratios = [b / a for a, b in zip(seconds[ours], seconds[theirs])]
-    print(f"{name:<10}{median[ours]:9.4f}{median[theirs]:9.4f}{median[theirs] / median[ours]:8.2f}"
-          f"   {min(ratios):.2f} to {max(ratios):.2f}", flush=True)  # fmt: skip
+# --------------------------------------------------------------------------------------------------
+# What is measured
 
 
-def require(condition, difference):
-    if not condition:
-        sys.exit(f"not the same work: {difference}")
+EOS, PAD = 2, 3
+SENTENCE, TARGET = 64, 24  # tokens of an example, prompt and target; and those of the target
+PAIRS = [f"pair{i}" for i in range(10)]  # the first one is tuned
 
 
-def load(folder, args):
-    models, dtype = {}, getattr(torch, args.dtype)
-
-    def ours():
-        models["ours"] = load_model(folder, args.device, dtype)
-
-    def theirs():
-        models["theirs"] = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype
-        ).to(args.device)
-
-    alternate("load", ours, theirs, args)
-    return models["ours"], models["theirs"]
+def spread(config, count):
+    """Layers, evenly spaced from the second one on: the worst case, as only the first is spared."""
+    return [1 + (config.layers - 1) * i // count for i in range(count)]
 
 
-def train(model, reference, examples, args):
-    batch = make_batch(examples, PAD)
-    ids, mask, targets = (tensor.to(args.device) for tensor in batch)
-    wanted = targets != -100
-    ((their_ids, their_mask, labels),) = their_batches([batch], args.device)
-    losses = {}
-
-    def ours():
-        model.zero_grad()
-        loss = F.cross_entropy(
-            model.logits(model.hidden_states(ids, mask)[wanted]).float(), targets[wanted]
-        )
-        loss.backward()
-        losses["ours"] = loss.item()
-
-    def theirs():
-        reference.zero_grad()
-        loss = reference(input_ids=their_ids, attention_mask=their_mask, labels=labels).loss
-        loss.backward()
-        losses["theirs"] = loss.item()
-
-    alternate("train", ours, theirs, args)
-    tolerance = 1e-4 if args.dtype == "float32" else 2e-2
-    require(
-        abs(losses["ours"] - losses["theirs"]) < tolerance * losses["theirs"], f"losses {losses}"
-    )
-    print(f"{'':<10}{mask.sum()} tokens in {len(ids)} sentences, {wanted.sum()} of them targets")
-    model.zero_grad(), reference.zero_grad()
+def random_groups(config, count):
+    """Neurons of so many layers by chance, in groups of the usual sizes."""
+    generator = torch.Generator().manual_seed(0)
+    awareness = torch.rand(len(PAIRS), count, config.ffn_size, generator=generator)
+    owner = lander.categorize(awareness, lander.Settings.epsilon)
+    return lander.describe_groups(awareness, owner, PAIRS, {PAIRS[0]: spread(config, count)})
 
 
-def their_batches(batches, device):
-    """Batches as transformers takes them: labels are shifted there, so that eos must be an input, too."""
-    converted = []
-    for ids, mask, targets in batches:
-        labels = F.pad(targets, (1, 0), value=-100)
-        row = F.pad(ids, (0, 1), value=PAD), F.pad(mask, (0, 1)).long(), labels
-        converted.append([tensor.to(device) for tensor in row])
-    return converted
-
-
-def their_step(reference, batches, optimizer):
-    tokens = sum(int((labels != -100).sum()) for _, _, labels in batches)
-    for ids, mask, labels in batches:
-        own = int((labels != -100).sum())
-        loss = reference(input_ids=ids, attention_mask=mask, labels=labels).loss
-        (loss * (own / tokens)).backward()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    torch.nn.utils.clip_grad_norm_(parameters, lander.CLIP_NORM)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+def regroup(model, groups):
+    """Make a model that of the tuned pair. -> the parameters that learn"""
+    lander.install_routing(model, groups)
+    lander.route(model, PAIRS[0])
+    return lander.what_learns(model, PAIRS[0]).values()
 
 
 def adamw(parameters):
     return torch.optim.AdamW(parameters, lr=1e-6, weight_decay=lander.WEIGHT_DECAY, fused=True)
 
 
-def select(model, count):
-    """Layers, evenly spaced."""
-    return [model.config.layers * (i + 1) // (count + 1) for i in range(count)]
+def resident(what):
+    """Bytes of this process's memory on Linux: VmRSS, VmHWM (its peak), RssAnon (without files)."""
+    (line,) = [line for line in read_lines("/proc/self/status") if line.startswith(what)]
+    return int(line.split()[1]) * 1024
+
+
+def config_of(args):
+    return (
+        Config.from_folder(args.weights) if args.weights else shape_config(args.shape, args.family)
+    )
+
+
+def describe(args):
+    """What is measured, and where."""
+    shown = f"{args.family} {args.shape}" if args.shape else args.weights
+    where = f"{torch.get_num_threads()} CPU threads"
+    if args.device == "cuda":
+        where = torch.cuda.get_device_name()
+    return f"{shown}, {args.dtype}, {where}; torch {torch.__version__}"
+
+
+# --------------------------------------------------------------------------------------------------
+# Against others: the same work on the same weights, in turn, in one run
+
+
+def alternate(name, ours, theirs, args):
+    """Run both once to warm up, then in turn. -> what each of the two gave
+
+    Prints the median seconds of each, the ratio of medians (above 1: ours is faster), and the
+    smallest and largest ratio of two neighbouring runs.
+    """
+    seconds, results = {ours: [], theirs: []}, {}
+    for repeat in range(args.repeats + 1):
+        for run in (ours, theirs):
+            start = time.perf_counter()
+            results[run] = run()
+            if args.device == "cuda":
+                torch.cuda.synchronize()
+            if repeat:
+                seconds[run].append(time.perf_counter() - start)
+    first, second = (statistics.median(times) for times in seconds.values())
+    ratios = [b / a for a, b in zip(seconds[ours], seconds[theirs])]
+    row = f"{name:<10}{first:9.4f}{second:9.4f}{second / first:8.2f}"
+    print(f"{row}   {min(ratios):.2f} to {max(ratios):.2f}", flush=True)
+    return results[ours], results[theirs]
+
+
+def remark(text):
+    print(f"{'':<10}{text}")
+
+
+def require_same(ours, theirs, least=1.0):
+    """How many of two lists are the same. InputError for too few: it was not the same work."""
+    same = sum(a == b for a, b in zip(ours, theirs, strict=True))
+    if same < least * len(ours):
+        raise InputError(f"not the same work: {same} of {len(ours)} are the same")
+    return f"{same} of {len(ours)} the same"
+
+
+def load(folder, args):
+    """The checkpoint folder into a model on the device."""
+    from transformers import AutoModelForCausalLM
+
+    dtype = getattr(torch, args.dtype)
+    ours = lambda: load_model(folder, args.device, dtype)
+    theirs = lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(args.device)
+    return alternate("load", ours, theirs, args)
+
+
+def their_batches(batches, device):
+    """Batches as transformers takes them: labels are shifted there, so that eos is an input, too."""
+    converted = []
+    for ids, mask, targets in batches:
+        words = {
+            "input_ids": functional.pad(ids, (0, 1), value=PAD),
+            "attention_mask": functional.pad(mask, (0, 1)).long(),
+            "labels": functional.pad(targets, (1, 0), value=-100),
+        }
+        converted.append({name: tensor.to(device) for name, tensor in words.items()})
+    return converted
+
+
+def train(model, reference, examples, args):
+    """Forward and backward, gradients of every weight, over one padded batch."""
+    batch = make_batch(examples, PAD)
+    (their_batch,) = their_batches([batch], args.device)
+    tokens = lander.count_targets([batch])
+
+    def gradients(model, loss):
+        model.zero_grad()
+        loss = loss()
+        loss.backward()
+        return loss.item()
+
+    ours = partial(gradients, model, lambda: lander.target_loss(model, batch) / tokens)
+    theirs = partial(gradients, reference, lambda: reference(**their_batch).loss)
+    losses = alternate("train", ours, theirs, args)
+    if abs(losses[0] / losses[1] - 1) > (1e-4 if args.dtype == "float32" else 2e-2):
+        raise InputError(f"not the same work: losses {losses}")
+    remark(f"{batch.mask.sum()} tokens in {len(examples)} sentences, {tokens} of them targets")
+    model.zero_grad()
+    reference.zero_grad()
+
+
+def their_step(reference, batches, optimizer):
+    counts = [int((batch["labels"] != -100).sum()) for batch in batches]
+    for batch, count in zip(batches, counts):
+        (reference(**batch).loss * (count / sum(counts))).backward()
+    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], lander.CLIP_NORM)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def tune(model, reference, examples, args):
+    """A step of ours against one of peft's LoRA, all linear layers, r 8, and one of full finetuning."""
+    import peft
+
     batches = list(make_batches(examples, PAD, lander.Settings.micro_tokens))
     theirs = their_batches(batches, args.device)
-    tuned, pairs = copy.deepcopy(model), ["en-de", "de-en", "en-fr", "fr-en"]
-    selected = select(model, args.layers)
-    awareness = torch.rand(len(pairs), args.layers, model.config.ffn_size)
-    owner = lander.categorize(awareness, lander.Settings.epsilon)
-    groups = lander.describe_groups(awareness, owner, pairs, {"en-de": selected})
-    lander.install_routing(tuned, groups)
-    lander.route(tuned, "en-de")
-    learners = lander.what_learns(tuned, "en-de").values()
-    optimizer = adamw(learners)
-    settings = peft.LoraConfig(
-        r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
+    tuned = copy.deepcopy(model)
+    learners = regroup(tuned, random_groups(model.config, args.layers))
+    ours = partial(lander.train_step, tuned, batches, adamw(learners), learners)
+    settings = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     for name in ("lora", "full"):
         rival = copy.deepcopy(reference)
-        rival = peft.get_peft_model(rival, settings) if name == "lora" else rival
-        their_optimizer = adamw([p for p in rival.parameters() if p.requires_grad])
-        ours = lambda: lander.train_step(tuned, batches, optimizer, learners)
-        alternate(name, ours, lambda: their_step(rival, theirs, their_optimizer), args)
-    counts = [sum(p.numel() for p in own) for own in (learners, model.parameters())]
-    print(f"{'':<10}{len(batches)} passes; {counts[0]:,} of {counts[1]:,} weights learn in ours")
+        if name == "lora":
+            rival = peft.get_peft_model(rival, peft.LoraConfig(**settings))
+        optimizer = adamw([p for p in rival.parameters() if p.requires_grad])
+        alternate(name, ours, partial(their_step, rival, theirs, optimizer), args)
+    trained = sum(p.numel() for p in learners)
+    size = sum(p.numel() for p in model.parameters())
+    remark(f"{len(batches)} passes; {trained:,} of {size:,} weights learn in ours")
 
 
 def score(model, examples, args):
+    """neuron_awareness against a plain pass of the same model, down to the lowest scored layer."""
     batches = list(make_batches(examples, PAD, lander.Settings.micro_tokens))
-    selected = select(model, args.layers)
+    selected = spread(model.config, args.layers)
     model.requires_grad_(False)
 
     def plain():
@@ -196,42 +224,43 @@ def score(model, examples, args):
                 torch.autograd.grad(lander.target_loss(model, batch), h[selected[0]])
 
     alternate("score", lambda: lander.neuron_awareness(model, batches, selected), plain, args)
-    model.requires_grad_(True)
+
+
+def their_continuations(reference, prompts, limit, device, criteria=()):
+    """Greedy, padded on the left, as transformers wants it."""
+    longest = max(map(len, prompts))
+    rows = [[PAD] * (longest - len(prompt)) + prompt for prompt in prompts]
+    padding = torch.tensor([longest - len(prompt) for prompt in prompts])
+    out = reference.generate(
+        torch.tensor(rows, device=device),
+        attention_mask=(torch.arange(longest) >= padding[:, None]).long().to(device),
+        max_new_tokens=limit,
+        do_sample=False,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+        stopping_criteria=list(criteria),
+    )
+    rows = out[:, longest:].tolist()
+    return [row[: row.index(EOS)] if EOS in row else row for row in rows]
 
 
 def generate(model, reference, prompts, args):
-    ids, mask, _ = (
-        tensor.to(args.device) for tensor in make_batch([(prompt, []) for prompt in prompts], PAD)
-    )
-    left = mask.long().argsort(dim=1, stable=True)  # transformers wants the padding on the left
-    ids, mask = ids.gather(1, left), mask.gather(1, left)
-    new = {}
-
-    def ours():
-        new["ours"] = model.generate(ids, mask, args.new_tokens, EOS)
-
-    def theirs():
-        out = reference.generate(ids, attention_mask=mask.long(), max_new_tokens=args.new_tokens, do_sample=False,
-                                 eos_token_id=EOS, pad_token_id=PAD)  # fmt: skip
-        new["theirs"] = out[:, ids.shape[1] :].tolist()
-
-    alternate("generate", ours, theirs, args)
-    theirs = [row[: row.index(EOS)] if EOS in row else row for row in new["theirs"]]
-    same = sum(a == b for a, b in zip(new["ours"], theirs))
-    # 16-bit rounding differs between kernels, and one near tie changes a continuation: no requirement there.
-    require(
-        same == len(theirs) or args.dtype != "float32",
-        f"{same} of {len(theirs)} continuations are the same",
-    )
-    print(
-        f"{'':<10}{mask.sum()} prompt tokens, {sum(map(len, theirs))} new; {same} of {len(theirs)} the same"
-    )
+    """Greedy continuations of prompts of mixed length in one batch."""
+    ids, mask, _ = make_batch([(prompt, []) for prompt in prompts], PAD)
+    ids, mask = ids.to(args.device), mask.to(args.device)
+    ours = lambda: model.generate(ids, mask, args.new_tokens, EOS)
+    theirs = lambda: their_continuations(reference, prompts, args.new_tokens, args.device)
+    new = alternate("generate", ours, theirs, args)
+    # 16-bit rounding differs between kernels, and one near tie changes a continuation.
+    same = require_same(*new, 1.0 if args.dtype == "float32" else 0.0)
+    remark(f"{mask.sum()} prompt tokens, {sum(map(len, new[1]))} new; {same}")
 
 
 class Words:
     """A tokenizer for random weights: an id for each word, the same in every run. No word ends a line."""
 
     pad_id, eos_id = PAD, EOS
+    prompt_prefix, target_prefix = [], " "
 
     def __init__(self, vocab_size):
         self.vocab_size = vocab_size
@@ -243,149 +272,420 @@ class Words:
         return " ".join(f"w{id}" for id in ids)
 
 
-class LineEnd(transformers.StoppingCriteria):
-    """A sentence is done when a token ended its line."""
-
-    def __init__(self, tokenizer, device):
-        self.ending = line_ends(tokenizer).ends_after.to(device)
-
-    def __call__(self, ids, scores, **rest):
-        return self.ending[ids[:, -1]]
-
-
-BATCH_SIZES = 16, 32, 64, 128, 256, 512
+def random_text(count):
+    """Sentences of random words, in pairs."""
+    rng = random.Random(0)
+    sentence = lambda: " ".join(f"w{rng.randrange(10**6)}" for _ in range(rng.randint(8, 35)))
+    return [(sentence(), sentence()) for _ in range(count)]
 
 
 def evaluate(model, reference, tokenizer, sources, args):
-    settings, lines = lander.Settings(), {}
-    criteria = transformers.StoppingCriteriaList([LineEnd(tokenizer, args.device)])
+    """Translating to the end of the line, against transformers sorted by length, at its best batch."""
+    prompts = [render(tokenizer, args.pair, source)[0] for source in sources]
+    limits = [max(3 * len(prompt), lander.LEAST_NEW_TOKENS) for prompt in prompts]
+    longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    ends = line_ends(tokenizer).ends_after.to(args.device)
+    ends_its_line = lambda ids, scores, **rest: ends[ids[:, -1]]
 
     def ours():
-        numbered = list(enumerate(sources))
-        found = lander.translate_lines(model, tokenizer, args.pair, numbered, settings, "")
-        lines["ours"] = {number: line for number, line, _ in found}
+        progress = lander.Progress("translating", len(sources), "sentences")
+        numbered = dict(enumerate(sources))
+        found = lander.translate_lines(model, tokenizer, args.pair, numbered, progress)
+        return [found[i][0] for i in range(len(sources))]
 
     def theirs(size):
-        prompts = [render(tokenizer, args.pair, source)[0] for source in sources]
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         found = {}
-        for first in range(0, len(order), size):
-            group = order[first : first + size]
-            longest = len(prompts[group[0]])
-            rows = [[PAD] * (longest - len(prompts[i])) + prompts[i] for i in group]
-            ids = torch.tensor(rows, device=args.device)
-            mask = torch.tensor(
-                [[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in group]
-            )
-            limit = max(3 * longest, lander.LEAST_NEW_TOKENS)
-            out = reference.generate(ids, attention_mask=mask.to(args.device), max_new_tokens=limit, do_sample=False,
-                                     eos_token_id=EOS, pad_token_id=PAD, stopping_criteria=criteria)  # fmt: skip
-            for i, new in zip(group, out[:, longest:].tolist()):
-                new = new[: max(3 * len(prompts[i]), lander.LEAST_NEW_TOKENS)]
-                new = new[: new.index(EOS)] if EOS in new else new
-                found[i] = first_line(tokenizer.decode(new))
-        lines["theirs"] = found
+        for first in range(0, len(prompts), size):
+            group = longest_first[first : first + size]
+            options = limits[group[0]], args.device, [ends_its_line]
+            rows = their_continuations(reference, [prompts[i] for i in group], *options)
+            for i, row in zip(group, rows):
+                found[i] = first_line(tokenizer.decode(row[: limits[i]]))
+        return [found[i] for i in range(len(sources))]
 
     def seconds(size):
         start = time.perf_counter()
         theirs(size)
         return time.perf_counter() - start
 
-    theirs(BATCH_SIZES[0])  # to warm up
-    sizes = [size for size in BATCH_SIZES if size <= len(sources)]
-    best = min(sizes, key=seconds)
-    alternate("evaluate", ours, lambda: theirs(best), args)
-    same = sum(lines["ours"][i] == lines["theirs"][i] for i in range(len(sources)))
+    theirs(16)  # to warm up
+    best = min([16, 32, 64, 128, 256, 512], key=seconds)
+    lines = alternate("evaluate", ours, partial(theirs, best), args)
     # A near tie falls one way or the other with what else is in the batch.
-    require(
-        same > 0.98 * len(sources) or args.dtype != "float32", f"{same} translations are the same"
-    )
-    print(f"{'':<10}{same} of {len(sources)} translations the same; theirs in batches of {best}")
+    same = require_same(*lines, 0.98 if args.dtype == "float32" else 0.0)
+    remark(f"translations: {same}; theirs in batches of {best}")
 
 
 def tokenize(folder, sentences, args):
-    loaded, ids = {}, {}
+    """Sentences one by one, by a new tokenizer each time, so that no cache is warm."""
+    from tokenizers import Tokenizer
 
-    def prepare():
-        loaded["ours"] = load_tokenizer(folder)
-        loaded["theirs"] = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    path, count = str(folder / "tokenizer.json"), args.repeats + 1
+    our_tokenizers = iter([load_tokenizer(folder) for _ in range(count)])
+    their_tokenizers = iter([Tokenizer.from_file(path) for _ in range(count)])
 
     def ours():
-        ids["ours"] = [loaded["ours"].encode(sentence) for sentence in sentences]
+        encode = next(our_tokenizers).encode
+        return [encode(sentence) for sentence in sentences]
 
     def theirs():
-        ids["theirs"] = [loaded["theirs"].encode(sentence).ids for sentence in sentences]
+        encode = partial(next(their_tokenizers).encode, add_special_tokens=False)
+        return [encode(sentence).ids for sentence in sentences]
 
-    alternate("tokenize", ours, theirs, args, prepare)
-    require(ids["ours"] == ids["theirs"], "token ids")
-    print(f"{'':<10}{len(sentences)} sentences, {sum(map(len, ids['theirs']))} tokens")
+    ids, same = alternate("tokenize", ours, theirs, args)
+    remark(f"{sum(map(len, ids))} tokens; {require_same(ids, same)}")
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--weights", type=Path, help="a BLOOM checkpoint folder")
-    parser.add_argument("--shape", help="D,L,H,V of random weights, instead of --weights")
-    parser.add_argument("--family", default="bloom", choices=FAMILIES, help="of --shape (bloom)")
-    parser.add_argument(
-        "--data",
-        type=Path,
-        help="parallel text for prompts, targets and tokenizing; default: random ids",
-    )
-    parser.add_argument("--pair", default="en-de", help="of --data (en-de)")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument(
-        "--sentences", type=int, default=80, help="in the training batch (80, the paper's)"
-    )
-    parser.add_argument(
-        "--new-tokens", type=int, default=48, help="at most, after each prompt (48)"
-    )
-    parser.add_argument("--test-sentences", type=int, default=1000, help="to evaluate on (1000)")
-    parser.add_argument("--layers", type=int, default=4, help="that learn or are scored (4)")
-    parser.add_argument("--repeats", type=int, default=9, help="timed runs of each (9)")
-    args = parser.parse_args()
-    if (args.weights is None) == (args.shape is None):
-        parser.error("give --weights or --shape")
+def against(args):
+    os.environ["RAYON_NUM_THREADS"] = "1"  # the Rust library, single-threaded
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     torch.manual_seed(0)
-    rng = random.Random(0)
-
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.weights or Path(temporary)
         if args.shape:
             config = shape_config(args.shape, args.family)
             save_model(random_decoder(config, getattr(torch, args.dtype)), folder)
-        where = (
-            torch.cuda.get_device_name()
-            if args.device == "cuda"
-            else f"{torch.get_num_threads()} CPU threads"
-        )
-        shown = f"{args.family} {args.shape}" if args.shape else folder
-        print(f"{shown}, {args.dtype}, {where}; torch {torch.__version__}, "
-              f"transformers {transformers.__version__}, tokenizers {tokenizers.__version__}")  # fmt: skip
+        print(f"{describe(args)}, transformers {transformers.__version__}")
         print(f"{'':<10}{'ours, s':>9}{'theirs':>9}{'ratio':>8}   of neighbours")
         model, reference = load(folder, args)
-
         if args.data:
             tokenizer = load_tokenizer(folder)
             text = read_parallel(args.data, "train", args.pair)
-            test = [source for source, _ in read_parallel(args.data, "test", args.pair)]
+            test = read_parallel(args.data, "test", args.pair)[: args.test_sentences]
         else:
             tokenizer = Words(model.config.vocab_size)
-            words = lambda: " ".join(f"w{rng.randrange(10**6)}" for _ in range(rng.randint(8, 35)))
-            text = [(words(), words()) for _ in range(args.sentences + args.test_sentences)]
-            test = [source for source, _ in text[args.sentences :]]
-        some = text[: max(64, args.sentences)]
-        examples = [render(tokenizer, args.pair, *pair) for pair in some]
-        train(model, reference, examples[: args.sentences], args)
-        tune(model, reference, examples[: args.sentences], args)
-        score(model, examples[: args.sentences], args)
+            text, test = random_text(args.sentences), random_text(args.test_sentences)
+        examples = [render(tokenizer, args.pair, *pair) for pair in text[: args.sentences]]
+        train(model, reference, examples, args)
+        tune(model, reference, examples, args)
+        score(model, examples, args)
         generate(model, reference, [prompt for prompt, _ in examples[:64]], args)
-        evaluate(model, reference, tokenizer, test[: args.test_sentences], args)
+        evaluate(model, reference, tokenizer, [source for source, _ in test], args)
         if args.data and (folder / "tokenizer.json").exists():
             tokenize(folder, [side for pair in text[:5000] for side in pair], args)
 
 
+# --------------------------------------------------------------------------------------------------
+# Plan and step: memory and operations without the memory, and beside what happens
+#
+# The plan is the real code on tensors that have no values (torch's FakeTensorMode); what is ours is
+# the sum of what is alive. On a GPU its context, about 0.5 GB, and what its allocator cannot use
+# come on top. Operations are those that FlopCounterMode counts.
+
+
+class Memory(TorchDispatchMode):
+    """Counts the bytes of all tensors that are alive, and answers what a tensor without values cannot."""
+
+    def __init__(self, targets):
+        super().__init__()
+        self.targets, self.now, self.peak, self.seen = targets, 0, 0, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            return 1.0 if args[0].dtype.is_floating_point else 1
+        if function is torch.ops.aten.index.Tensor:
+            args = args[0], self.numbers(args[1])
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
+                self.hold(tensor.untyped_storage())
+        return result
+
+    def numbers(self, indices):
+        """True for target positions: as many numbers as there are."""
+        found = []
+        for index in indices:
+            if index is not None and index.dtype == torch.bool:
+                found += [torch.zeros(self.targets, dtype=torch.long)] * index.dim()
+            else:
+                found.append(index)
+        return found
+
+    def hold(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.seen:
+            return
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+        def release(reference):
+            self.now -= size
+            del self.seen[key]
+
+        self.seen[key] = weakref.ref(storage, release)
+
+
+def one_pass(args):
+    example = [5] * (SENTENCE - TARGET), [5] * (TARGET + 1)
+    return make_batch([example] * (args.micro_tokens // SENTENCE), PAD)
+
+
+# Each makes what it needs, and returns what is then measured.
+
+
+def plan_score(config, args, groups):
+    model = random_decoder(config, getattr(torch, args.dtype))
+    return lambda: lander.neuron_awareness(model, [one_pass(args)], spread(config, args.layers))
+
+
+def plan_train(config, args, groups, checkpointing=False, everything=False):
+    model = random_decoder(config, getattr(torch, args.dtype))
+    model.checkpointing = checkpointing
+    learners = list(model.parameters()) if everything else regroup(model, groups)
+    optimizer = adamw(learners)
+    return lambda: lander.train_step(model, [one_pass(args)], optimizer, learners)
+
+
+def plan_generate(config, args, groups):
+    """A tuned model: a first pass over prompts, and the last step of a batch of translations."""
+    model = random_decoder(config, getattr(torch, args.dtype))
+    regroup(model, groups)
+    prompt = SENTENCE - TARGET
+    tokens = 4 * prompt  # the limit is three times the prompt
+    rows = max(1, int(args.cache_gb * 1e9 / (model.cache_bytes() * tokens)))
+    first = min(rows, PROMPTS_AT_ONCE)
+
+    @torch.no_grad()
+    def run():
+        with cast_once(model):
+            cache = Cache.empty(model, rows, tokens)
+            for store in cache.stores:
+                store.zero_()  # memory that nobody wrote to is not resident
+            ids = torch.full((rows, prompt), 5)
+            chunk = cache.part(0, first, 0)
+            model.logits(model.hidden_states(ids[:first], cache=chunk)[:, -1])
+            cache.length = tokens - 1
+            model.logits(model.hidden_states(ids[:, :1], cache=cache)[:, -1]).max(-1)
+
+    return run
+
+
+CASES = {
+    "score": plan_score,
+    "train": plan_train,
+    "checkpointed": partial(plan_train, checkpointing=True),
+    "train all": partial(plan_train, everything=True),  # every weight, beside the method
+    "generate": plan_generate,
+}
+
+
+def plan(case, config, args):
+    """-> peak bytes and operations, those of the second time: AdamW has its moments by then."""
+    groups = random_groups(config, args.layers)  # has values
+    memory = Memory(args.micro_tokens // SENTENCE * (TARGET + 1))
+    with FakeTensorMode(), memory:
+        run = CASES[case](config, args, groups)
+        run()
+        memory.peak = memory.now
+        run()
+        peak = memory.peak
+        with FlopCounterMode(display=False) as counter:  # its hooks keep tensors alive
+            run()
+    return peak, counter.get_total_flops()
+
+
+def measure(case, config, args):
+    """The same with values. -> growth of memory in bytes, operations, seconds (the best of some)"""
+    on_gpu = args.device == "cuda"
+    small = replace(config, layers=2)
+    cache_gb = args.cache_gb * small.layers / config.layers  # for as many rows
+    few = argparse.Namespace(**vars(args) | {"layers": 1, "cache_gb": cache_gb})
+    with torch.device(args.device):
+        # Loads libraries; those of matrix products keep buffers, which are as large as the matrices.
+        CASES[case](small, few, random_groups(small, 1))()
+        groups = random_groups(config, args.layers)
+        before = torch.cuda.memory_allocated() if on_gpu else resident("VmRSS")
+        run, seconds = CASES[case](config, args, groups), []
+        for _ in range(args.repeats + 1):
+            start = time.perf_counter()
+            run()
+            if on_gpu:
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        peak = torch.cuda.max_memory_allocated() if on_gpu else resident("VmHWM")
+        with FlopCounterMode(display=False) as counter:
+            run()
+    return peak - before, counter.get_total_flops(), min(seconds[1:])
+
+
+def show_plan(args):
+    config = config_of(args)
+    print(f"{'':<14}{'GB':>8}{'TFLOP':>10}")
+    for case in CASES:
+        peak, operations = plan(case, config, args)
+        print(f"{case:<14}{peak / 1e9:>8.3f}{operations / 1e12:>10.4f}", flush=True)
+
+
+def step(args):
+    """Each case in a process of its own, beside its plan."""
+    config = config_of(args)
+    if args.case:
+        return print(*measure(args.case, config, args))
+    print(describe(args))
+    print(f"{'':<14}{'GB':>8}{'planned':>9}{'TFLOP':>10}{'planned':>9}{'seconds':>9}{'TFLOP/s':>9}")
+    for case in CASES:
+        planned_peak, planned_operations = plan(case, config, args)
+        words = [sys.executable, __file__, *sys.argv[1:], "--case", case]
+        # Or else the C library keeps what was freed.
+        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+        done = subprocess.run(words, check=True, stdout=subprocess.PIPE, env=environment)
+        peak, operations, seconds = map(float, done.stdout.split())
+        row = f"{case:<14}{peak / 1e9:>8.3f}{planned_peak / peak:>9.1%}{operations / 1e12:>10.4f}"
+        row += f"{planned_operations / operations:>9.1%}{seconds:>9.3f}"
+        print(f"{row}{operations / seconds / 1e12:>9.3f}", flush=True)
+
+
+# Family and sizes, as their config.json say.
+MODELS = {
+    "bloom-7b1": ("bloom", "4096,30,32,250880"),
+    "Baichuan2-7B": ("baichuan", "4096,32,32,125696,11008"),
+    "Baichuan2-13B": ("baichuan-13b", "5120,40,40,125696,13696"),
+}
+SETTINGS = (2, 1024, True), (4, 2048, False), (4, 1024, True), (8, 2048, True)
+CARDS = 24, 40, 80  # GB
+CONTEXT = 1.0  # GB of a card that are not for tensors
+
+
+def show_table(args):
+    """For README.md. SETTINGS: layers, micro-tokens, checkpointing"""
+    args.dtype = "bfloat16"
+    print("| model | settings | score | train | generate | card |")
+    print("|---|---|---|---|---|---|")
+    for name, (family, shape) in MODELS.items():
+        config = shape_config(shape, family)
+        for args.layers, args.micro_tokens, checkpointing in SETTINGS:
+            words = f"--layers {args.layers} --micro-tokens {args.micro_tokens}"
+            train = "train"
+            if checkpointing:
+                words, train = f"{words} --checkpointing", "checkpointed"
+            peaks = [plan(case, config, args)[0] / 1e9 for case in ("score", train, "generate")]
+            cards = [card for card in CARDS if card >= max(peaks) + CONTEXT]
+            shown = " | ".join(f"{peak:.1f}" for peak in peaks)
+            print(f"| {name} | `{words}` | {shown} | {cards[0] if cards else 'none'} |", flush=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# Startup: how long millions of pairs take before the first step, and how much memory
+
+
+def repeat_text(args, folder):
+    """Write both sides of the text again and again, until there are enough pairs."""
+    text = read_parallel(args.data, "train", args.pair)
+    for side, code in enumerate(split_pair(args.pair)):
+        lines = "".join(f"{row[side]}\n" for row in text)
+        with open(f"{folder}/train.{args.pair}.{code}", "w", encoding="utf-8") as file:
+            for _ in range(args.pairs // len(text)):
+                file.write(lines)
+        Path(folder, f"test.{args.pair}.{code}").write_text("a\n")
+
+
+def startup(args):
+    """Read text as a run does, up to the first step's batches. Memory is without mapped files."""
+    tokenizer = load_tokenizer(args.weights)
+    source, target = split_pair(args.pair)
+    with tempfile.TemporaryDirectory() as folder:
+        repeat_text(args, folder)
+        both = f"{target}-{source},{args.pair}"
+        settings = lander.Settings(data=folder, pair=args.pair, score_pairs=both)
+        before, start = resident("RssAnon"), time.monotonic()
+        inputs = lander.read_inputs(tokenizer, [args.pair], settings)
+        for path in inputs.paths.values():
+            fingerprint(path)
+        next(lander.step_batches(tokenizer, inputs.train, settings, start=0))
+        seconds, pairs = time.monotonic() - start, len(inputs.train[args.pair])
+        memory = (resident("RssAnon") - before) / pairs
+    print(f"{pairs:,} pairs: {seconds:.1f} s to the first step, {memory:.0f} bytes a pair")
+
+
+# --------------------------------------------------------------------------------------------------
+# Large: the whole command on random weights of a large model's shape, in shards
+
+
+def write_weights(shape, tokenizer, folder):
+    """A published checkpoint of random weights, in two shards. They do not stay in memory."""
+    folder.mkdir(parents=True)
+    model = random_decoder(shape_config(shape), torch.bfloat16)
+    tensors = {}
+    for parameter, value in model.named_parameters():
+        tensors |= to_published(model.config, parameter, value)
+    write_shards(tensors, folder, 2)
+    write_json(folder / "config.json", model.config.published)
+    shutil.copyfile(tokenizer, folder / "tokenizer.json")
+
+
+def large(args):
+    """--lander runs another version's lander.py on the same weights."""
+    weights = args.folder / "weights"
+    if not weights.exists():
+        write_weights(args.shape, args.tokenizer, weights)
+    run = args.folder / f"run-{time.time():.0f}"
+    command = [sys.executable, args.lander, "--weights", weights, "--out", run, *args.rest]
+    start = time.monotonic()
+    done = subprocess.run(command)
+    seconds = time.monotonic() - start
+    # With the mapped files; KiB on Linux.
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    print(f"{args.shape}: exit status {done.returncode}, {seconds:.0f} s, {peak / 1e9:.1f} GB")
+
+
+# --------------------------------------------------------------------------------------------------
+# The command line
+
+
+LANDER = Path(lander.__file__)
+OPTIONS = {
+    "weights": {"type": Path, "help": "a checkpoint folder with its tokenizer"},
+    "shape": {"help": "D,L,H,V[,F] of random weights instead"},
+    "family": {"default": "bloom", "choices": FAMILIES, "help": "of --shape (bloom)"},
+    "data": {"type": Path, "help": "parallel text (against: random words)"},
+    "pair": {"default": "en-de", "help": "of --data (en-de)"},
+    "device": {"default": "cpu", "choices": ["cpu", "cuda"]},
+    "dtype": {"default": "float32", "choices": ["float32", "bfloat16", "float16"]},
+    "layers": {"type": int, "default": 4, "help": "that learn or are scored (4)"},
+    "micro-tokens": {"type": int, "default": 2048, "help": "in a pass (2048)"},
+    "cache-gb": {"type": float, "default": 2.0, "help": "as in lander.py (2)"},
+    "repeats": {"type": int, "default": 5, "help": "timed runs of each (5)"},
+    "sentences": {"type": int, "default": 80, "help": "in the training batch (80)"},
+    "new-tokens": {"type": int, "default": 48, "help": "at most, after each prompt (48)"},
+    "test-sentences": {"type": int, "default": 1000, "help": "to translate (1000)"},
+    "pairs": {"type": int, "default": 5_000_000, "help": "of the text, repeated (5 million)"},
+    "tokenizer": {"type": Path, "required": True, "help": "a tokenizer.json"},
+    "folder": {"type": Path, "required": True, "help": "for weights and runs"},
+    "lander": {"type": Path, "default": LANDER, "help": "another version's lander.py"},
+    "case": {"choices": CASES, "help": "measure this one, in this process"},
+}
+COMMANDS = {
+    "against": "weights shape family data pair device dtype layers repeats sentences new-tokens"
+    " test-sentences",
+    "plan": "weights shape family dtype layers micro-tokens cache-gb",
+    "step": "weights shape family device dtype layers micro-tokens cache-gb repeats case",
+    "startup": "weights data pair pairs",
+    "large": "shape tokenizer folder lander",
+}
+
+
+def main():
+    about = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=about)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command, options in COMMANDS.items():
+        of_command = commands.add_parser(command)
+        for option in options.split():
+            of_command.add_argument(f"--{option}", **OPTIONS[option])
+    args, args.rest = parser.parse_known_args()
+    if args.rest and args.command != "large":
+        parser.error(f"unknown: {' '.join(args.rest)}")
+    warnings.simplefilter("ignore")  # of peft at transformers, of torch at tensors without values
+    table = args.command == "plan" and not (args.weights or args.shape)
+    if table:
+        return show_table(args)
+    run = {"against": against, "plan": show_plan, "step": step, "startup": startup, "large": large}
+    return run[args.command](args)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))

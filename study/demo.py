@@ -120,6 +120,13 @@ def toy_text(meanings, pidgin=0.0):
     return text
 
 
+def write_text(folder, splits):
+    """Multi-way text, a file for each split and language. splits: name -> meanings"""
+    for split, meanings in splits.items():
+        for code, sentences in toy_text(meanings).items():
+            write_lines(folder / f"{split}.{code}", sentences)
+
+
 # --------------------------------------------------------------------------------------------------
 # The checkpoint
 
@@ -213,11 +220,11 @@ def build(folder):
     meanings = toy_meanings(PRETRAINING_SENTENCES + sum(SPLIT_SENTENCES.values()), seed=0)
     for code, (sentence, *_) in toy_text(meanings[:1]).items():
         lander.say(f"   {code} {LANGUAGES[code]}: {sentence}")
-    first = PRETRAINING_SENTENCES
+    splits, first = {}, PRETRAINING_SENTENCES
     for split, size in SPLIT_SENTENCES.items():
-        for code, sentences in toy_text(meanings[first : first + size]).items():
-            write_lines(folder / "data" / f"{split}.{code}", sentences)
+        splits[split] = meanings[first : first + size]
         first += size
+    write_text(folder / "data", splits)
     lander.say()
     lander.say("a tiny Baichuan, pretrained in all twelve directions on text that mostly leaves")
     lander.say("the endings out, and the method on it, with text that has them all.")
