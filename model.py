@@ -15,8 +15,10 @@ L layers, H heads, H_kv heads of keys and values, d head size.
 """
 
 import math
+import os
 import re
 import sys
+import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -27,7 +29,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from data import InputError, exit_status, open_safetensors, read_json, reading
+from data import InputError, exit_status, note, open_safetensors, read_json, reading
 from data import write_json, write_tensors
 
 
@@ -45,10 +47,10 @@ class Config:
     kv_heads: int  # H_kv, of keys and values: query head h reads number h // (H / H_kv)
     head_size: int  # d
     max_length: int  # tokens that the model was made for
-    positions: str = "rotary"  # or "alibi"
+    positions: str = "rotary"  # or "alibi", "learned"
     rotary_base: float = 10000.0
     rotary_scaling: dict | None = None  # as config.json has it, of type linear or llama3
-    sliding_window: int = 2**24 - 1  # tokens that attention sees; longer input is refused
+    longest: int = 2**24 - 1  # input beyond a sliding window or the learned positions is refused
     norm: str = "rms"  # or "layer", with bias
     norm_eps: float = 1e-6
     embedding_norm: bool = False  # a norm right after the embedding
@@ -57,6 +59,7 @@ class Config:
         "stacked"  # rows of the projection: (3, H, d), or "interleaved" (H, 3, d)
     )
     query_key_value_bias: bool = False
+    query_key_norm: bool = False  # an RMS norm of each head's query and key, before rotary
     output_bias: bool = False  # of attention
     gated: bool = True  # feed-forward: silu(gate) * up, else tanh-GELU(up)
     ffn_bias: bool = False
@@ -66,6 +69,8 @@ class Config:
     def from_folder(cls, folder):
         """Read a checkpoint's config.json. InputError names what is missing, wrong or unknown."""
         path = Path(folder) / "config.json"
+        if not path.exists():
+            raise InputError(f"{path}: {why_no_config(path.parent)}")
         return cls.from_json(read_json(path), path)
 
     @classmethod
@@ -161,7 +166,7 @@ def attention_bias(config, mask, queries, keys, device, dtype):
     ranks among them is the distance of their indices.
     mask [B, keys] or None -> [1 or B, 1 or H, queries, keys], None where causal order decides alone
     """
-    if config.positions == "rotary" and mask is None and queries in (1, keys):
+    if config.positions != "alibi" and mask is None and queries in (1, keys):
         return None
     key = torch.arange(keys, device=device)
     distance = key[keys - queries :, None] - key  # [queries, keys]
@@ -197,16 +202,20 @@ def rotary_frequencies(config, device):
     return (1 - fast) * slow + fast * frequencies
 
 
+def real_positions(mask, queries, keys, device):
+    """The rank among real tokens of the last `queries` of `keys` tokens. -> [1 or B, queries]"""
+    if mask is None:
+        return torch.arange(keys - queries, keys, device=device)[None]
+    return (mask.cumsum(1) - 1).clamp(min=0)[:, keys - queries :]
+
+
 def rotary_angles(config, mask, queries, keys, device):
     """Cosines and sines of the last `queries` of `keys` tokens (Su et al. 2021).
 
     mask [B, keys] or None -> two of [1 or B, 1, queries, d], fp32
     """
-    if mask is None:
-        mask = torch.ones(1, keys, dtype=torch.bool, device=device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)  # the rank among real tokens
-    frequencies = rotary_frequencies(config, device)
-    angles = positions[:, None, keys - queries :, None].float() * frequencies
+    positions = real_positions(mask, queries, keys, device)[:, None, :, None].float()
+    angles = positions * rotary_frequencies(config, device)
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 
@@ -232,6 +241,9 @@ class Attention(nn.Module):
         rows = (config.heads + 2 * config.kv_heads) * d
         self.query_key_value = Linear(D, rows, bias=config.query_key_value_bias)
         self.output = Linear(config.heads * d, D, bias=config.output_bias)
+        if config.query_key_norm:
+            self.query_norm = RMSNorm(d, config.norm_eps)
+            self.key_norm = RMSNorm(d, config.norm_eps)
 
     def forward(self, x, bias, angles, cache, layer):
         """[B, T, D] -> [B, T, D]. The softmax runs in fp32 inside scaled_dot_product_attention."""
@@ -242,6 +254,8 @@ class Attention(nn.Module):
         else:
             parts = self.query_key_value(x).view(B, T, -1, d).split([H, H_kv, H_kv], dim=2)
         query, key, value = (part.transpose(1, 2) for part in parts)  # [B, H or H_kv, T, d] each
+        if self.config.query_key_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
         if angles is not None:
             query, key = apply_rotary(query, *angles), apply_rotary(key, *angles)
         if cache is not None:
@@ -265,7 +279,7 @@ NEURON_DIMENSION = {
 
 
 class FFN(nn.Module):
-    """Feed-forward layer: tanh-GELU (BLOOM) or gated SiLU (all others). It is a sum over its neurons.
+    """Feed-forward layer: tanh-GELU (BLOOM, GPT-2) or gated SiLU (others). A sum over its neurons:
 
     h_i = gelu(up[i] . x + up.bias[i])  or  silu(gate[i] . x) * (up[i] . x)        a neuron
     y   = sum over i of h_i * down[:, i],  + down.bias
@@ -346,6 +360,9 @@ class Decoder(nn.Module):
         self.checkpointing = False  # recompute blocks in the backward pass, keep inputs alone
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         nn.init.normal_(self.embedding.weight, std=0.02)
+        if config.positions == "learned":
+            self.position_embedding = nn.Embedding(config.longest, config.hidden_size)
+            nn.init.normal_(self.position_embedding.weight, std=0.02)
         self.embedding_norm = make_norm(config) if config.embedding_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.final_norm = make_norm(config)
@@ -376,12 +393,15 @@ class Decoder(nn.Module):
             mask = None if cache.mask is None else cache.mask[:, :keys]
         elif mask is not None and mask[:, 0].all():
             mask = None  # right padding: causal order already hides it from every real token
-        if keys > self.config.sliding_window:
+        if keys > self.config.longest:
             raise InputError(
-                f"{keys} tokens, {self.config.family} attends to {self.config.sliding_window} at once"
-                " (sliding_window), which is not supported"
+                f"{keys} tokens, expected at most {self.config.longest},"
+                f" {self.config.family}'s sliding_window or learned positions"
             )
-        x = self.embedding_norm(self.embedding(ids))  # [B, T, D]
+        x = self.embedding(ids)  # [B, T, D]
+        if self.config.positions == "learned":
+            x = x + self.position_embedding(real_positions(mask, new, keys, ids.device))
+        x = self.embedding_norm(x)
         bias = attention_bias(self.config, mask, new, keys, ids.device, x.dtype)
         angles = None
         if self.config.positions == "rotary":
@@ -428,8 +448,9 @@ class Decoder(nn.Module):
 
         ids, mask [B, T], padded on either side. A continuation ends at eos_id (an id, or several),
         with a token that ends its line if line_ends (of data.py) says where lines end, and after
-        max_new_tokens, a number or one for each prompt. vocab_size: only ids below it are emitted
-        (pass the tokenizer's, since an embedding may have more rows).
+        max_new_tokens, a number or one for each prompt, or where the model's positions end.
+        vocab_size: only ids below it are emitted (pass the tokenizer's, since an embedding may have
+        more rows).
         -> list of B lists of new ids, eos excluded
         """
         B = len(ids)
@@ -438,6 +459,7 @@ class Decoder(nn.Module):
             return [[] for _ in range(B)]
         if mask is None:
             mask = torch.ones_like(ids, dtype=torch.bool)
+        limits = limits.minimum(self.config.longest - mask.sum(1))
         eos_ids = [eos_id] if isinstance(eos_id, int) else list(eos_id)
         order = mask.sum(1).argsort(descending=True, stable=True)  # long prompts first
         ids, mask, limits = ids[order], mask[order], limits[order]
@@ -450,6 +472,7 @@ class Decoder(nn.Module):
             else:
                 new, lengths = beam_search(self, head, cache, logits, limits, ends, beams)
         continuations = [None] * B
+        lengths = lengths.minimum(limits)
         for b, row, length in zip(order.tolist(), new.tolist(), lengths.tolist()):
             continuations[b] = [token for token in row[:length] if token not in eos_ids]
         return continuations
@@ -615,7 +638,7 @@ def beam_search(model, head, cache, logits, limits, ends, beams):
     for step in range(tokens.shape[2]):
         S = len(sentence)
         row = torch.arange(S, device=logits.device)
-        at_limit = limits == step + 1  # [S]
+        at_limit = limits <= step + 1  # [S]
         ends_here = ending[begun.long()]  # [S, beams, V]
         candidates = logits.float().log_softmax(-1).view(S, beams, V) + total[:, :, None]
 
@@ -677,14 +700,14 @@ def first_of(published, *keys):
 
 def read_sizes(published, tied=False):
     """What every family says, by any of its names. tied: the head, if no key says so."""
-    hidden_size = first_of(published, "n_embed", "hidden_size")
+    hidden_size = first_of(published, "n_embed", "n_embd", "hidden_size")
     heads = first_of(published, "n_head", "num_attention_heads")
     if published.get("head_dim") is None and hidden_size % heads:
         raise InputError(f"hidden size {hidden_size} does not divide into {heads} heads")
     return dict(
         vocab_size=published["vocab_size"],
         hidden_size=hidden_size,
-        ffn_size=published.get("intermediate_size", 4 * hidden_size),
+        ffn_size=published.get("intermediate_size") or published.get("n_inner") or 4 * hidden_size,
         layers=first_of(published, "n_layer", "num_hidden_layers"),
         heads=heads,
         kv_heads=published.get("num_key_value_heads") or heads,
@@ -693,35 +716,51 @@ def read_sizes(published, tied=False):
     )
 
 
+# GPT-2's layers, and BLOOM's: norms with a mean, biases everywhere, no gate.
+BIASED = dict(norm="layer", query_key_value_bias=True, output_bias=True, ffn_bias=True, gated=False)
+
+
+def read_gpt2(published):
+    """The config.json of GPT-2 and mGPT."""
+    length = published.get("n_positions", 1024)
+    return read_sizes(published, tied=True) | dict(
+        **BIASED,
+        max_length=length,
+        longest=length,
+        positions="learned",
+        norm_eps=published.get("layer_norm_epsilon", 1e-5),
+    )
+
+
 def read_bloom(published):
     """BLOOM's config.json, published (n_embed, num_attention_heads) or re-saved (hidden_size)."""
     return read_sizes(published, tied=True) | dict(
+        **BIASED,
         max_length=published.get("seq_length", 2048),
         positions="alibi",
-        norm="layer",
         norm_eps=published.get("layer_norm_epsilon", 1e-5),
         embedding_norm=True,
         residual_after_norm=switch(published, "apply_residual_connection_post_layernorm"),
         query_key_value="interleaved",
-        query_key_value_bias=True,
-        output_bias=True,
-        gated=False,
-        ffn_bias=True,
     )
 
 
 def read_baichuan(published):
     """Baichuan's config.json, v1 and v2, 7B and 13B.
 
-    The files do not say which they are: the 13B models, with ALiBi, lack max_position_embeddings,
-    and only v2, with its normalized head, has 125696 rows. `positions` and `normalize_head` are
-    keys of this project's own small checkpoints, where neither sign holds.
+    No key says which it is: the 13B models, with ALiBi, lack max_position_embeddings, and only v2,
+    with its normalized head, was trained with a z_loss_weight. `positions` and `normalize_head` are
+    keys of this project's own small checkpoints.
     """
     length = published.get("max_position_embeddings")
-    normalized = switch(published, "normalize_head", published["vocab_size"] == 125696)
     positions = published.get("positions", "rotary" if length else "alibi")
     if positions not in ("alibi", "rotary"):
         raise InputError(f"positions is {positions!r}, expected alibi or rotary")
+    guess = published["vocab_size"] == 125696
+    if not published.keys() & {"normalize_head", "z_loss_weight"}:
+        version = "2, with a normalized head" if guess else "1, with a plain head"
+        note(f"config.json: taken for Baichuan {version}, by its vocab_size alone")
+    normalized = switch(published, "normalize_head", "z_loss_weight" in published or guess)
     return read_llama(published) | dict(
         max_length=length or published.get("model_max_length", 4096),
         positions=positions,
@@ -742,16 +781,25 @@ def read_llama(published):
     )
 
 
+SCALINGS = {  # the keys of each type of rope_scaling; any other is refused
+    "default": {"rope_theta", "rope_type", "type"},
+    "linear": {"rope_theta", "rope_type", "type", "factor"},
+    "llama3": {"rope_theta", "rope_type", "type", "factor", "low_freq_factor", "high_freq_factor"},
+}
+
+
 def read_rotary(published):
     """Base and scaling of rotary positions, in either spelling. -> fields of Config"""
     # rope_parameters: of files saved since transformers 5.
-    scaling = published.get("rope_parameters") or published.get("rope_scaling") or {}
+    scaling = published.get("rope_scaling") or published.get("rope_parameters") or {}
     base = float(scaling.get("rope_theta", published.get("rope_theta", 10000.0)))
     kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in list(SCALINGS):
+        raise InputError(f"rope_scaling of type {kind!r}, expected {', '.join(SCALINGS)}")
+    for key in scaling.keys() - SCALINGS[kind] - {"original_max_position_embeddings"}:
+        raise InputError(f"rope_scaling: {key} is {scaling[key]!r}, which is not supported")
     if kind == "default":
         return dict(rotary_base=base)
-    if kind not in ("linear", "llama3"):
-        raise InputError(f"rope_scaling of type {kind!r}, expected default, linear or llama3")
     if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
         raise InputError("rope_scaling: low_freq_factor is not below high_freq_factor")
     return dict(rotary_base=base, rotary_scaling=scaling | {"rope_type": kind})
@@ -759,17 +807,24 @@ def read_rotary(published):
 
 def read_mistral(published):
     """Mistral's config.json. Without num_key_value_heads it has 8, without sliding_window 4096."""
-    usual = {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096}
-    fields, window = read_llama(usual | published), published.get("sliding_window", 4096)
-    return fields if window is None else fields | {"sliding_window": window}
+    fields = read_llama({"num_key_value_heads": 8, "max_position_embeddings": 131072} | published)
+    window = published.get("sliding_window", 4096)
+    return fields if window is None else fields | {"longest": window}
 
 
 def read_qwen2(published):
     """Qwen2's config.json. Query, key and value have biases, and no key says so."""
-    fields = read_llama({"num_key_value_heads": 32, "max_position_embeddings": 32768} | published)
-    fields |= {"query_key_value_bias": True, "output_bias": False, "ffn_bias": False}
+    fields = read_qwen3({"head_dim": None} | published)
+    biases = dict(query_key_value_bias=True, output_bias=False, ffn_bias=False)
+    return fields | biases | {"query_key_norm": False}
+
+
+def read_qwen3(published):
+    """Qwen3's config.json. A window counts if use_sliding_window says so."""
+    usual = {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768}
+    fields = read_llama(usual | published) | {"query_key_norm": True}
     if switch(published, "use_sliding_window"):
-        fields["sliding_window"] = published.get("sliding_window", 4096)
+        fields["longest"] = published.get("sliding_window", 4096)
     return fields
 
 
@@ -787,6 +842,18 @@ BLOOM_NAMES = {
     "final_norm": "ln_f",
     "head": "lm_head",
 }
+GPT2_NAMES = {
+    "embedding": "wte",
+    "position_embedding": "wpe",
+    "blocks.{}.attention_norm": "h.{}.ln_1",
+    "blocks.{}.attention.query_key_value": "h.{}.attn.c_attn",
+    "blocks.{}.attention.output": "h.{}.attn.c_proj",
+    "blocks.{}.ffn_norm": "h.{}.ln_2",
+    "blocks.{}.ffn.up": "h.{}.mlp.c_fc",
+    "blocks.{}.ffn.down": "h.{}.mlp.c_proj",
+    "final_norm": "ln_f",
+    "head": "lm_head",
+}
 LLAMA_NAMES = {
     "embedding": "model.embed_tokens",
     "blocks.{}.attention_norm": "model.layers.{}.input_layernorm",
@@ -795,6 +862,8 @@ LLAMA_NAMES = {
         "model.layers.{}.self_attn.k_proj",
         "model.layers.{}.self_attn.v_proj",
     ),
+    "blocks.{}.attention.query_norm": "model.layers.{}.self_attn.q_norm",  # Qwen3's
+    "blocks.{}.attention.key_norm": "model.layers.{}.self_attn.k_norm",
     "blocks.{}.attention.output": "model.layers.{}.self_attn.o_proj",
     "blocks.{}.ffn_norm": "model.layers.{}.post_attention_layernorm",
     "blocks.{}.ffn.gate": "model.layers.{}.mlp.gate_proj",
@@ -804,8 +873,24 @@ LLAMA_NAMES = {
     "head": "lm_head",
 }
 PACKED = {"blocks.{}.attention.query_key_value": "model.layers.{}.self_attn.W_pack"}
-INVERSE_FREQUENCIES = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"  # recomputed, in fp32
-HEAD = r"lm_head\.weight"  # a file may repeat a tied one
+
+# Keys of config.json that change what is computed, and what they may be if they are there.
+NEVER = dict.fromkeys(
+    "alibi attention_multiplier attn_logit_softcapping clip_qkv embedding_multiplier"
+    " final_logit_softcapping logit_scale logits_scaling no_rope_layers num_experts"
+    " num_local_experts parallel_attn partial_rotary_factor qk_layernorm quantization_config"
+    " residual_multiplier rotary_pct use_bidirectional_attention use_parallel_residual"
+    " use_qk_norm".split(),
+    [None, False, 1],
+)
+SILU = NEVER | {"hidden_act": ["silu", "swish"]}
+GELU = NEVER | {"hidden_act": ["gelu"], "rope_scaling": [None]}
+GPT2 = NEVER | {
+    "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
+    "scale_attn_weights": [True],
+    "scale_attn_by_inverse_layer_idx": [False],
+    "add_cross_attention": [False],
+}
 
 
 class Family(NamedTuple):
@@ -813,22 +898,28 @@ class Family(NamedTuple):
 
     read: Callable  # contents of config.json -> fields of Config; a KeyError names a missing key
     names: dict  # our module -> the published one, "{}" for the layer; a tuple: rows concatenated
-    drops: str  # regex of tensors that files may have and the model does not need
-    computes: dict  # keys of config.json, and the one value that they may have if they are there
-    prefix: str = ""  # may stand before every published name
+    computes: dict  # keys of config.json, and the values of theirs that are computed here
+    prefix: str = "model."  # stands before the published names or not
+    drops: str = r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq"  # no weights: recomputed, in fp32
+    transposed: bool = False  # matrices of blocks are stored [in, out]
 
 
-GELU = {"quantization_config": None, "rope_scaling": None, "hidden_act": "gelu"}
-SILU = {"quantization_config": None, "hidden_act": "silu"}
-LLAMA = Family(read_llama, LLAMA_NAMES, f"{INVERSE_FREQUENCIES}|{HEAD}", SILU)
+LLAMA = Family(read_llama, LLAMA_NAMES, SILU)
 FAMILIES = {
-    "bloom": Family(read_bloom, BLOOM_NAMES, HEAD, GELU, prefix="transformer."),
-    "baichuan": Family(
-        read_baichuan, LLAMA_NAMES | PACKED, INVERSE_FREQUENCIES, SILU | {"rope_scaling": None}
-    ),
+    "bloom": Family(read_bloom, BLOOM_NAMES, GELU, "transformer.", drops="(?!)"),
+    "baichuan": Family(read_baichuan, LLAMA_NAMES | PACKED, SILU | {"rope_scaling": [None]}),
     "llama": LLAMA,
     "mistral": LLAMA._replace(read=read_mistral),
     "qwen2": LLAMA._replace(read=read_qwen2),
+    "qwen3": LLAMA._replace(read=read_qwen3),
+    "gpt2": Family(
+        read_gpt2,
+        GPT2_NAMES,
+        GPT2,
+        prefix="transformer.",
+        drops=r"h\.\d+\.attn\.(masked_)?bias",  # no weights: who may see whom
+        transposed=True,
+    ),
 }
 
 
@@ -838,9 +929,12 @@ def read_config(published):
     if name not in list(FAMILIES):
         raise InputError(f"model_type is {name!r}, expected one of {', '.join(FAMILIES)}")
     family = FAMILIES[name]
-    for key, computed in family.computes.items():
-        if published.get(key, computed) != computed:
-            raise InputError(f"{key} is {published[key]!r}, expected {computed!r}")
+    for key, values in family.computes.items():
+        if key in published and published[key] not in values:
+            raise InputError(f"{key} is {published[key]!r}, expected {values[0]!r}")
+    kinds = published.get("layer_types") or []
+    if {*kinds} - {"full_attention", "sliding_attention"}:
+        raise InputError(f"layer_types has {', '.join(sorted({*kinds}))}")
     config = Config(family=name, published=published, **family.read(published))
     for field in fields(config):
         size = getattr(config, field.name)
@@ -872,11 +966,17 @@ def published_names(family, parameter):
     return [f"{name.format(layer and layer[0])}.{kind}" for name in names]
 
 
+def oriented(config, parameter, value):
+    """A weight as the other side has it: GPT-2's files hold the matrices of its blocks transposed."""
+    is_matrix = parameter.startswith("blocks.") and value.dim() == 2
+    return value.T if FAMILIES[config.family].transposed and is_matrix else value
+
+
 def to_published(config, parameter, value):
     """A parameter as the tensors of a checkpoint, by name: query, key and value may be three."""
     names = published_names(config.family, parameter)
     if len(names) == 1:
-        return {names[0]: value}
+        return {names[0]: oriented(config, parameter, value)}
     rows = [heads * config.head_size for heads in (config.heads, config.kv_heads, config.kv_heads)]
     return dict(zip(names, value.split(rows)))
 
@@ -885,6 +985,16 @@ def to_published(config, parameter, value):
 # Loading, saving, converting
 
 FLOATS = torch.float16, torch.bfloat16, torch.float32
+
+
+def why_no_config(folder):
+    """What a folder without config.json is taken for."""
+    if (folder / "adapter_config.json").exists():
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        return f"not there, this is an adapter of {base}; merge it into that model first (peft)"
+    if folder.exists():
+        return "cannot be read, there is none"
+    return f"no such folder; from a hub: hf download {folder} --local-dir {folder.name}"
 
 
 def checkpoint_files(folder):
@@ -907,13 +1017,20 @@ def checkpoint_files(folder):
     raise InputError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
 
 
+# What torch.compile, FSDP and DistributedDataParallel put into a name.
+WRAPPERS = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|module)\.")
+
+
 def find_tensors(folder, prefix):
     """All tensors of a checkpoint, memory-mapped, by name without prefix. -> {name: tensor}"""
     found = {}
     for path in checkpoint_files(folder):
+        with reading(path), open(path, "rb") as file:
+            if file.read(40).startswith(b"version https://git-lfs"):
+                raise InputError(f"{path}: a Git LFS pointer; git lfs pull fetches the file itself")
         file = open_safetensors(path)
         for name in file.keys():
-            short = name.removeprefix(prefix)
+            short = WRAPPERS.sub("", name).removeprefix(prefix)
             if short in found:
                 short = f"{name} (twice)"  # which is no name of a model's: it is unexpected
             with reading(path):
@@ -923,8 +1040,30 @@ def find_tensors(folder, prefix):
     return found
 
 
+def settle_head(folder, config, found):
+    """Drop a stored head that repeats a tied embedding. One that differs is used, and said."""
+    (name,) = published_names(config.family, "embedding.weight")
+    embedding = found.get(name.removeprefix(FAMILIES[config.family].prefix))
+    head = found.get("lm_head.weight")
+    if config.head != "tied" or head is None or embedding is None:
+        return config
+    if head.dtype == embedding.dtype and torch.equal(head, embedding):
+        del found["lm_head.weight"]
+        return config
+    note(f"{folder}: lm_head.weight is not the embedding, as tie_word_embeddings says; it is used")
+    return replace(
+        config, head="plain", published=config.published | {"tie_word_embeddings": False}
+    )
+
+
+def listed(names):
+    """At most ten, and how many there are."""
+    more = f", ... ({len(names)})" if len(names) > 10 else ""
+    return ", ".join(names[:10]) + more
+
+
 def check_tensors(folder, found, wanted, drops):
-    """One InputError that lists every missing, unexpected and misshapen tensor.
+    """One InputError about every missing, unexpected and misshapen tensor.
 
     found, wanted: {name: tensor}, wanted without data; drops: regex of what may be passed over
     """
@@ -938,9 +1077,11 @@ def check_tensors(folder, found, wanted, drops):
         "unexpected": [n for n in found if n not in wanted and not re.fullmatch(drops, n)],
         "misshapen": misshapen,
     }
-    listed = [f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names]
-    if listed:
-        raise InputError(f"{folder}: tensors do not fit config.json; {'; '.join(listed)}")
+    said = [f"{kind}: {listed(names)}" for kind, names in problems.items() if names]
+    if said:
+        prefix = os.path.commonprefix(list(found))
+        also = f", whose names all begin with {prefix}" if "." in prefix else ""
+        raise InputError(f"{folder}: tensors{also} do not fit config.json; {'; '.join(said)}")
 
 
 def load_model(folder, device="cpu", dtype=None, config=None):
@@ -952,21 +1093,26 @@ def load_model(folder, device="cpu", dtype=None, config=None):
     """
     folder = Path(folder)
     config = config or Config.from_folder(folder)
-    found = find_tensors(folder, FAMILIES[config.family].prefix)
+    prefix = FAMILIES[config.family].prefix
+    found = find_tensors(folder, prefix)
     if config.layers > len(found):
         raise InputError(f"{folder}: {config.layers} layers in config.json, {len(found)} tensors")
+    config = settle_head(folder, config, found)
     with torch.device("meta"):
         model = Decoder(config)
     wanted = {}
     for parameter, value in model.named_parameters():
-        wanted |= to_published(config, parameter, value)
+        for name, tensor in to_published(config, parameter, value).items():
+            wanted[name.removeprefix(prefix)] = tensor
     check_tensors(folder, found, wanted, FAMILIES[config.family].drops)
     dtype = dtype or found[next(iter(wanted))].dtype  # the embedding's
     state = {}
     for parameter, _ in model.named_parameters():
-        names = published_names(config.family, parameter)
-        pieces = [found.pop(name).to(device).to(dtype) for name in names]
-        state[parameter] = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        pieces = []
+        for name in published_names(config.family, parameter):
+            pieces.append(found.pop(name.removeprefix(prefix)).to(device).to(dtype))
+        value = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        state[parameter] = oriented(config, parameter, value)
     model.load_state_dict(state, assign=True)
     return model
 
@@ -977,42 +1123,64 @@ def save_model(model, folder):
     for parameter, value in model.named_parameters():
         for name, piece in to_published(model.config, parameter, value.detach()).items():
             tensors[name] = piece.contiguous()
-    published = {
-        key: value for key, value in model.config.published.items() if key != "torch_dtype"
-    }
-    published["dtype"] = str(model.embedding.weight.dtype).removeprefix("torch.")
-    write_json(Path(folder) / "config.json", published)
+    dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
+    types = {"dtype": dtype, "torch_dtype": dtype}  # the second for transformers before 4.56
+    write_json(Path(folder) / "config.json", model.config.published | types)
     write_tensors(Path(folder) / "model.safetensors", tensors)
+
+
+def read_bin(path):
+    """The tensors of a .bin file, memory-mapped, running no code in it. -> {name: tensor}
+
+    InputError for what is no plain tensor, or takes more memory than the file is long.
+    """
+    expected = "expected a PyTorch file of plain tensors in the zip format"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # torch does not compress. A compressed data.pkl may unpack to a thousand times its size.
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise InputError(f"{path}: is compressed, {expected}")
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        for name, tensor in loaded.items():
+            plain = isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu"
+            plain = plain and tensor.layout == torch.strided and not tensor.is_quantized
+            if not (plain and isinstance(name, str) and name.isprintable()):
+                raise InputError(f"{path}: holds {name!r}, a {type(tensor).__name__}, {expected}")
+        if sum(tensor.nbytes for tensor in loaded.values()) > 2 * path.stat().st_size:
+            raise InputError(f"{path}: its tensors are larger than the file, {expected}")
+    except (InputError, OSError):
+        raise
+    except Exception as error:  # torch raises many kinds for a file that is not its own
+        reason = str(error).split("\n")[0]
+        if reason.startswith("Weights only load failed"):
+            # What torch says next is to load it all the same: the one thing not to do.
+            reason = "it holds objects that running code would make, and none is run"
+        raise InputError(f"{path}: {expected} ({reason})") from None
+    return loaded
 
 
 def convert(folder):
     """Turn pytorch_model*.bin shards into safetensors beside them, running no code in them.
 
     One at a time, memory-mapped; pytorch_model-00001-of-00002.bin becomes
-    model-00001-of-00002.safetensors, with an index where there are several.
+    model-00001-of-00002.safetensors, with an index where there are several. Nothing is overwritten.
     """
     folder = Path(folder)
     shards = sorted(folder.glob("pytorch_model*.bin"))
     if not shards:
         raise InputError(f"{folder}: no pytorch_model*.bin to convert")
+    for path in folder.glob("model*.safetensors*"):
+        raise InputError(f"{path}: is there already, and converting overwrites nothing")
+    loaded = [read_bin(shard) for shard in shards]  # nothing is written if one is refused
     weight_map, total_size = {}, 0
     for shard in shards:
         target = folder / (shard.stem.removeprefix("pytorch_") + ".safetensors")
-        try:
-            loaded = torch.load(shard, map_location="cpu", weights_only=True, mmap=True)
-            tensors = {name: tensor.contiguous() for name, tensor in loaded.items()}
-        except Exception as error:  # torch raises many kinds for a file that is not its own
-            reason = str(error).split("\n")[0]
-            if reason.startswith("Weights only load failed"):
-                # What torch says next is to load it all the same: the one thing not to do.
-                reason = "it holds objects that running code would make, and none is run"
-            expected = "not a PyTorch file of plain tensors in the zip format"
-            raise InputError(f"{shard}: {expected} ({reason})") from None
-        seen = set()
+        tensors, seen = loaded.pop(0), set()
         for name, tensor in tensors.items():
-            if tensor.data_ptr() in seen:  # a head that is tied to the embedding
-                tensors[name] = tensor.clone()
-            seen.add(tensor.data_ptr())
+            storage = tensor.untyped_storage().data_ptr()
+            # safetensors takes none in the memory of another: a head that is tied to the embedding.
+            tensors[name] = tensor.clone() if storage in seen else tensor.contiguous()
+            seen.add(storage)
         write_tensors(target, tensors)
         weight_map |= dict.fromkeys(tensors, target.name)
         total_size += sum(tensor.nbytes for tensor in tensors.values())
@@ -1025,4 +1193,5 @@ def convert(folder):
 if __name__ == "__main__":
     if len(sys.argv) != 3 or sys.argv[1] != "convert":
         sys.exit("usage: python model.py convert DIR")
+    sys.stdout.reconfigure(errors="backslashreplace")  # a shard's name, where the locale is ASCII
     sys.exit(exit_status(convert, sys.argv[2]))
