@@ -75,11 +75,15 @@ import sys
 import textwrap
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # what follows takes seconds: no traceback there
 
 import torch
 from sacrebleu.metrics import BLEU, CHRF
@@ -112,17 +116,14 @@ def activation_means(model, batches):
 
     batches: Batch of prompts, without targets; padding does not count. -> [L] fp32
     """
-    total = torch.zeros(
-        model.config.layers, dtype=torch.float64, device=model.embedding.weight.device
-    )
-    prompts = 0
+    total, prompts = 0.0, 0
     for batch in batches:
         ids, mask, _ = to_device(batch, model)
         outputs = [x.float().mean(-1) for x in model.block_outputs(ids, mask)]  # L of [B, T]
         means = (torch.stack(outputs) * mask).sum(-1) / mask.sum(-1)  # [L, B]
-        total += means.double().sum(1)  # [L]
+        total += means.cpu().double().sum(1)  # [L], on the CPU: not every device has 64 bits
         prompts += len(ids)
-    return (add_up(total) / add_up(prompts)).float().cpu()
+    return (add_up(total) / add_up(prompts)).float()
 
 
 def layer_differences(means):
@@ -207,11 +208,8 @@ def neuron_awareness(model, batches, layers, reader="ffn.down"):
     The loss is the sum over target tokens, so that a sentence's scores do not depend on its batch.
     One forward and backward pass a batch scores all layers. -> [len(layers), F] fp32
     """
-    width = model.blocks[layers[0]].get_submodule(reader).in_features
     # In 64 bits, so that the sum does not depend on the order in which processes add up.
-    total = torch.zeros(
-        len(layers), width, dtype=torch.float64, device=model.embedding.weight.device
-    )
+    total = [0.0] * len(layers)  # of [F]
     tokens = 0
     with recording(model, layers, reader) as h:
         for batch in batches:
@@ -220,9 +218,9 @@ def neuron_awareness(model, batches, layers, reader="ffn.down"):
             for k, (layer, gradient) in enumerate(zip(layers, gradients)):
                 effect = h[layer].detach() * gradient.float()  # [B, T, F], zero where T is padding
                 # The sum of |effect| over sentences and tokens, without a second [B, T, F].
-                total[k] += torch.linalg.vector_norm(effect, 1, (0, 1))
+                total[k] += torch.linalg.vector_norm(effect, 1, (0, 1)).cpu().double()
             tokens += int(batch.mask.sum())
-    return (add_up(total) / add_up(tokens)).float().cpu()
+    return (add_up(torch.stack(total)) / add_up(tokens)).float()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -514,15 +512,18 @@ def validation_loss(model, pair, batches):
 
 
 LEAST_NEW_TOKENS = 64
+NEW_TOKENS = 3  # for each token of the prompt; more where a pair's targets take more (read_inputs)
 ROWS_AT_ONCE = 512  # of more, padding costs more than it saves to read the weights less often
 
 
-def translate_lines(model, tokenizer, pair, sources, progress, beams=1, cache_gb=2.0):
+def translate_lines(
+    model, tokenizer, pair, sources, progress, beams=1, cache_gb=2.0, new_tokens=NEW_TOKENS
+):
     """Translate sentences, those of like length together.
 
     A translation ends at end-of-sentence, at the first line break after its first visible character,
-    or at three times its own prompt's length or LEAST_NEW_TOKENS; cut says that it came to that: it
-    is a loop, as a rule. An empty source, or one too long for the model, is an empty line.
+    or at new_tokens times its own prompt's length or LEAST_NEW_TOKENS; cut says that it came to that:
+    it is a loop, as a rule. An empty source, or one too long for the model, is an empty line.
     sources: number -> sentence; progress.add is told how many are done. -> number -> (line, cut)
     """
     route(model, pair)
@@ -537,7 +538,7 @@ def translate_lines(model, tokenizer, pair, sources, progress, beams=1, cache_gb
     progress.add(len(sources) - len(prompts))
     translations = dict.fromkeys(sources, ("", False))
     numbers = list(prompts)
-    limits = [max(3 * len(prompt), LEAST_NEW_TOKENS) for prompt in prompts.values()]
+    limits = [max(int(new_tokens * len(p)), LEAST_NEW_TOKENS) for p in prompts.values()]
     lengths = [len(prompts[number]) + limit for number, limit in zip(numbers, limits)]
     room = cache_gb * 1e9 / (model.cache_bytes() * beams)  # tokens
     emitted = {"vocab_size": tokenizer.vocab_size, "line_ends": line_ends(tokenizer)}
@@ -562,14 +563,15 @@ def make_metrics(pair):
         raise InputError(f"{pair}: no BLEU tokenizer ({str(error).splitlines()[0]})") from None
 
 
-def evaluate(model, tokenizer, pair, text, progress, beams=1, cache_gb=2.0):
+def evaluate(model, tokenizer, pair, text, progress, **options):
     """Translate text, [(source, target), ...], and score it. -> hypotheses, scores
+
+    options: of translate_lines.
 
     scores: {"bleu": ..., "chrf": ..., their signatures, "cut": how many ran to their limit}
     """
     sources = dict(of_this_process(enumerate(source for source, _ in text)))
-    found = translate_lines(model, tokenizer, pair, sources, progress, beams, cache_gb)
-    translations = gather(found)
+    translations = gather(translate_lines(model, tokenizer, pair, sources, progress, **options))
     hypotheses = [translations[number][0] for number in range(len(text))]
     references = [target for _, target in text]
     scores = {}
@@ -686,7 +688,7 @@ class Settings:
     lr: float = option(5e-5, "peak learning rate of AdamW")
     steps: int = option(0, "training steps; 0: one epoch")
     batch: int = option(80, "sentences in a training step", least=1)
-    max_tokens: int = option(256, "longer examples are skipped and counted", least=1)
+    max_tokens: int = option(0, "longer examples are skipped; 0: over 256 and 4 times the median")
     micro_tokens: int = option(2048, "tokens in one pass; a step takes several", least=1)
     checkpointing: bool = option(False, "recompute activations: slower training, less memory")
     score_pairs: str = option("all", "pairs whose neurons are compared: all, or a list")
@@ -841,10 +843,10 @@ def read_args(folder):
     path = folder / "args.json"
     record = read_json(path)
     with reading(path):
-        odd = record.keys() ^ {*recorded(Settings()), "files"}
+        odd = record.keys() ^ {*recorded(Settings()), "files", "new_tokens"}
         if odd:
             raise InputError(f"{path}: of another version, at {', '.join(sorted(odd))}")
-        record["files"] = dict(record["files"])
+        record["files"], record["new_tokens"] = dict(record["files"]), dict(record["new_tokens"])
     return record
 
 
@@ -866,7 +868,7 @@ def check_run_folder(folder, settings):
             raise InputError(f"{folder}: was run with {changed}; --resume needs the same")
 
 
-def record_args(folder, settings, paths):
+def record_args(folder, settings, paths, new_tokens):
     """Write args.json. InputError that names a file that has changed since the run began.
 
     paths: name -> path of all that the run reads. -> name -> fingerprint
@@ -878,7 +880,8 @@ def record_args(folder, settings, paths):
             if before.get(name) != files.get(name):
                 changed = f"{paths.get(name, name)} has changed since the run began"
                 raise InputError(f"{folder}: {changed}; --resume needs the same")
-    write(folder / "args.json", recorded(settings) | {"files": files})
+    record = recorded(settings) | {"files": files, "new_tokens": new_tokens}
+    write(folder / "args.json", record)
     return files
 
 
@@ -988,58 +991,73 @@ class Inputs(NamedTuple):
     scoring: dict  # tuned and other pairs -> rendered examples for the scores
     test: dict  # evaluated pair -> [(source, target), ...]
     paths: dict  # name in args.json -> path
+    max_tokens: int  # longer examples are skipped
+    new_tokens: dict  # pair -> how many a translation may have for each token of its prompt
 
 
 def short_enough(examples, max_tokens):
     return [example for example in examples if len(example[0]) + len(example[1]) <= max_tokens]
 
 
-def render_examples(tokenizer, pair, text, settings, what):
+def keep_short(examples, pair, max_tokens, what):
     """Rendered examples that fit into max_tokens; the others are counted. InputError for none."""
-    rendered = [render(tokenizer, pair, source, target) for source, target in text]
-    kept = short_enough(rendered, settings.max_tokens)
+    kept = short_enough(examples, max_tokens)
     if not kept:
-        shortest = min(len(prompt) + len(target) for prompt, target in rendered)
+        shortest = min(len(prompt) + len(target) for prompt, target in examples)
         found = (
-            f"all {len(rendered)} {what} examples of {pair}, the shortest with {shortest} tokens"
+            f"all {len(examples)} {what} examples of {pair}, the shortest with {shortest} tokens"
         )
-        raise InputError(f"{found}, are longer than --max-tokens {settings.max_tokens}")
-    if len(kept) < len(rendered):
-        skipped = f"{len(rendered) - len(kept)} of {len(rendered)} examples"
-        note(f"{what} {pair}: skipped {skipped}, over --max-tokens {settings.max_tokens}")
+        raise InputError(f"{found}, are longer than --max-tokens {max_tokens}")
+    if len(kept) < len(examples):
+        skipped = f"{len(examples) - len(kept)} of {len(examples)} examples"
+        note(f"{what} {pair}: skipped {skipped}, over {max_tokens} tokens")
     return kept
 
 
 def read_inputs(tokenizer, tuned, settings):
-    """Read all text that a run needs, so that what is wrong with it shows before anything long."""
-    inputs = Inputs({}, {}, {}, {}, {})
+    """Read all text that a run needs, so that what is wrong with it shows before anything long.
+
+    A script may take ten tokens where English takes one: limits grow with what a pair takes.
+    """
+    paths, train, valid, scoring, test = {}, {}, {}, {}, {}
 
     def read(split, pair):
         text = open_parallel(settings.data, split, pair)
-        inputs.paths.update({f"data/{path.name}": path for path in text.paths})
+        paths.update({f"data/{path.name}": path for path in text.paths})
         if not text:
             raise InputError(f"{settings.data}: the {split} text of {pair} is empty")
         return text
 
+    def rendered(pair, text):
+        return [render(tokenizer, pair, source, target) for source, target in text]
+
     for pair in tuned:
-        inputs.train[pair] = read("train", pair)
+        train[pair] = read("train", pair)
+    compared = choose_pairs(settings.score_pairs, settings.data, "train")
+    for pair in tuned + [pair for pair in compared if pair not in tuned]:
+        text = train[pair] if pair in tuned else read("train", pair)
+        size = min(settings.score_sentences, len(text))
+        scoring[pair] = rendered(pair, random.Random(settings.seed).sample(text, size))
+    if len(scoring) < 2:
+        raise InputError(f"{settings.data}: training text of one pair only; {NEEDS_TWO_PAIRS}")
     with_valid = list_pairs(settings.data, "valid")
     for pair in tuned:
         if pair in with_valid:
-            text = read("valid", pair)[:VALID_SENTENCES]
-            inputs.valid[pair] = render_examples(tokenizer, pair, text, settings, "validation")
-    compared = choose_pairs(settings.score_pairs, settings.data, "train")
-    for pair in tuned + [pair for pair in compared if pair not in tuned]:
-        text = inputs.train[pair] if pair in tuned else read("train", pair)
-        size = min(settings.score_sentences, len(text))
-        sample = random.Random(settings.seed).sample(text, size)
-        inputs.scoring[pair] = render_examples(tokenizer, pair, sample, settings, "scoring")
-    if len(inputs.scoring) < 2:
-        raise InputError(f"{settings.data}: training text of one pair only; {NEEDS_TWO_PAIRS}")
+            valid[pair] = rendered(pair, read("valid", pair)[:VALID_SENTENCES])
+    max_tokens, new_tokens = settings.max_tokens, {}
+    for pair, examples in scoring.items():
+        ratio = median(len(target) / len(prompt) for prompt, target in examples)
+        new_tokens[pair] = max(NEW_TOKENS, math.ceil(3 * ratio))
+        length = median(len(prompt) + len(target) for prompt, target in examples)
+        if not settings.max_tokens:
+            max_tokens = max(max_tokens, 256, math.ceil(4 * length))
+    for examples, what in ((scoring, "scoring"), (valid, "validation")):
+        for pair in examples:
+            examples[pair] = keep_short(examples[pair], pair, max_tokens, what)
     for pair in choose_pairs(settings.eval_pairs or settings.pair, settings.data, "test"):
         make_metrics(pair)  # which may lack its tokenizer
-        inputs.test[pair] = read("test", pair)[: settings.eval_sentences or None]
-    return inputs
+        test[pair] = read("test", pair)[: settings.eval_sentences or None]
+    return Inputs(train, valid, scoring, test, paths, max_tokens, new_tokens)
 
 
 def check_scores(scores, size, what):
@@ -1185,7 +1203,7 @@ def show_training(log_path, max_tokens):
         note(f"training: skipped {skipped} examples, over --max-tokens {max_tokens}")
 
 
-def evaluate_all(model, tokenizer, test, when, settings, folder):
+def evaluate_all(model, tokenizer, test, new_tokens, when, settings, folder):
     """Translate the test text of each pair, and score it; results.json grows pair by pair.
 
     What that file says already is not computed again. -> what it holds
@@ -1201,8 +1219,9 @@ def evaluate_all(model, tokenizer, test, when, settings, folder):
             continue
         here = math.ceil(len(text) / process_count())
         progress = Progress(f"translating {pair}", here, "sentences")
-        options = progress, settings.beams, settings.cache_gb
-        hypotheses, scores = evaluate(model, tokenizer, pair, text, *options)
+        options = {"beams": settings.beams, "cache_gb": settings.cache_gb}
+        options["new_tokens"] = new_tokens.get(pair, NEW_TOKENS)
+        hypotheses, scores = evaluate(model, tokenizer, pair, text, progress, **options)
         results[pair][when] = scores
         write(folder / "hypotheses" / f"{pair}.{when}.txt", hypotheses)
         write(path, results)
@@ -1232,7 +1251,8 @@ def show_table(results, tuned):
     for when in ("before", "after"):
         cut = sum(scores[when]["cut"] for scores in results.values())
         if cut:
-            say(f"{cut} translations {when} tuning ran to their limit, as a loop does.")
+            limits = f"{LEAST_NEW_TOKENS} tokens, or {NEW_TOKENS} or more for each of the prompt's"
+            say(f"{cut} translations {when} tuning ran to their limit, as a loop does: {limits}.")
 
 
 def run(settings):
@@ -1248,6 +1268,7 @@ def tune(settings, folder):
     """The whole method; each step leaves a file in the run folder, a resumed run skips those done."""
     started = time.monotonic()
     device, dtype = choose_device(settings)
+    given = settings
     check_run_folder(folder, settings)
     wait_for_all()  # until all have looked for what the first process writes from now on
     tuned = choose_pairs(settings.pair, settings.data, "train")
@@ -1255,8 +1276,9 @@ def tune(settings, folder):
     select_layers(torch.zeros(config.layers - 1), settings.layers)  # too many show at once
     inputs = read_inputs(tokenizer, tuned, settings)
     paths |= inputs.paths
+    settings = replace(settings, max_tokens=inputs.max_tokens)
     model = load_model(settings.weights, device, dtype, config).requires_grad_(False)
-    fingerprints = record_args(folder, settings, paths)
+    fingerprints = record_args(folder, given, paths, inputs.new_tokens)
     size = sum(p.numel() for p in model.parameters())
     say(f"{settings.weights}: {config.family}, {config.layers} layers, {size:,} parameters")
     say(f"{dtype} on {device}")
@@ -1285,7 +1307,8 @@ def tune(settings, folder):
         for side, name in enumerate(("source", "reference")):
             lines = [sentences[side] for sentences in text]
             write(folder / "hypotheses" / f"{pair}.{name}.txt", lines)
-    evaluate_all(model, tokenizer, inputs.test, "before", settings, folder)
+    evaluated = model, tokenizer, inputs.test, inputs.new_tokens
+    evaluate_all(*evaluated, "before", settings, folder)
 
     install_routing(model, groups, not settings.no_routing)
     learners = {pair: what_learns(model, pair) for pair in tuned}
@@ -1303,7 +1326,7 @@ def tune(settings, folder):
     show_training(folder / "log.jsonl", settings.max_tokens)
 
     print("\n5. Translating again", flush=True)
-    results = evaluate_all(model, tokenizer, inputs.test, "after", settings, folder)
+    results = evaluate_all(*evaluated, "after", settings, folder)
     with reading(folder / "results.json"):
         show_table(results, tuned)
     for name, path in paths.items():
@@ -1382,11 +1405,20 @@ def translate(settings):
     model, tokenizer, learners = load_tuned(settings)
     if settings.pair not in learners:
         note(f"{settings.pair} was not tuned in {settings.tuned}: general neurons, no routing")
+    limit = read_args(Path(settings.tuned))["new_tokens"].get(settings.pair, NEW_TOKENS)
     progress, cut = Progress("translating", len(lines), "lines"), 0
     for first in range(0, len(lines), LINES_AT_A_TIME):
         sources = dict(enumerate(lines[first : first + LINES_AT_A_TIME], first))
-        options = progress, settings.beams, settings.cache_gb
-        translations = translate_lines(model, tokenizer, settings.pair, sources, *options)
+        translations = translate_lines(
+            model,
+            tokenizer,
+            settings.pair,
+            sources,
+            progress,
+            settings.beams,
+            settings.cache_gb,
+            limit,
+        )
         for line, was_cut in translations.values():
             print(line, flush=True)
             cut += was_cut
@@ -1458,6 +1490,10 @@ def main(argv=None):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's, like Ctrl-C
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # a stream may be closed: >&-
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     status = main()
     if distributed.is_torchelastic_launched():

@@ -14,6 +14,7 @@ import contextlib
 import doctest
 import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -24,6 +25,8 @@ import time
 import tracemalloc
 from dataclasses import fields
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in commands
 
 import pytest
 import regex
@@ -1019,6 +1022,25 @@ def test_scoring_takes_a_sample_of_the_seed(world, here):
     assert first[0] == first[1] != first[2] and begin not in first
 
 
+def test_limits_grow_with_what_a_script_takes(here, capsys):
+    """Burmese takes ten of BLOOM's tokens where English takes one: skipped in training, cut in translation."""
+    short, long, longest = "ab cd ef\n" * 20, "abcdefgh" * 99 + "\n", "abcdefgh" * 999 + "\n"
+    write(here, train_en=short, train_de=short, train_fr=long * 19 + longest)
+    write(here, test_en=short, test_de=short, test_fr=long * 20)
+    settings = lander.Settings(data=".", pair="en-de,en-fr", score_pairs="en-de,en-fr")
+    inputs = lander.read_inputs(Bytes, ["en-de", "en-fr"], settings)
+    prompt = len(data.prompt_text("en-fr", "ab cd ef"))
+    assert inputs.new_tokens == {"en-de": 3, "en-fr": math.ceil(3 * (8 * 99 + 2) / prompt)}
+    assert inputs.max_tokens == 4 * (prompt + 8 * 99 + 2) and len(inputs.scoring["en-fr"]) == 19
+    assert f"skipped 1 of 20 examples, over {inputs.max_tokens} tokens" in capsys.readouterr().err
+    settings.max_tokens = 100
+    with pytest.raises(InputError, match="longer than --max-tokens 100"):
+        lander.read_inputs(Bytes, ["en-de", "en-fr"], settings)
+    settings = lander.Settings(data=".", pair="en-de", score_pairs="en-de,de-en")
+    inputs = lander.read_inputs(Bytes, ["en-de"], settings)
+    assert inputs.max_tokens == 4 * (prompt + 10) and inputs.new_tokens == {"en-de": 3, "de-en": 3}
+
+
 # Interrupted and resumed
 
 
@@ -1141,6 +1163,24 @@ def test_ctrl_c_ends_in_a_second(world, here):
     assert process.returncode == 130
     assert time.monotonic() - start < 5  # shared machines are slow at times
     assert "Traceback" not in err and "--steps 100000 --resume" in err
+
+
+@pytest.mark.parametrize("delay", [0.2, 0.5, 1])
+def test_ctrl_c_while_torch_is_imported_shows_no_traceback(delay):
+    """44 lines of it, for whoever notices a typo at once."""
+    process = start_command([], stderr=subprocess.PIPE, preexec_fn=ctrl_c_works)
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode in (-signal.SIGINT, 130) and "Traceback" not in err
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-"])
+def test_a_closed_stream_is_no_traceback(closed):
+    """AttributeError: NoneType has no attribute reconfigure; status 1, and nothing said."""
+    command = f"exec {sys.executable} {lander.__file__} --pair en-de --weights nowhere {closed}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
 
 
 def test_a_folder_in_use_is_refused_at_once(world, here, capsys):
@@ -1444,6 +1484,8 @@ def test_limits_and_groups_by_hand(monkeypatch):
     sources = ["a", "b", "c", "d"]
     lines, cut = translations(decoder, sources)
     assert asked == [(4, [3 * prompt] * 4)] and cut == 4 and len(lines[0]) == 3 * prompt
+    translations(decoder, sources, new_tokens=7)
+    assert asked[1:] == [(4, [7 * prompt] * 4)]
     asked.clear()
     room = 2 * 4 * prompt * decoder.cache_bytes() / 1e9  # for two prompts and their translations
     for beams, sizes in [(1, [2, 2]), (2, [1, 1, 1, 1])]:
