@@ -63,6 +63,11 @@ In this file: layers; neurons; groups; routing; training; evaluation. There the 
 run: several processes; settings and progress; the run folder; tune; translate; export; main.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # what follows takes seconds: no traceback there
+
 import argparse
 import json
 import math
@@ -70,7 +75,6 @@ import os
 import random
 import shlex
 import shutil
-import signal
 import sys
 import textwrap
 import time
@@ -81,9 +85,6 @@ from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # what follows takes seconds: no traceback there
 
 import torch
 from sacrebleu.metrics import BLEU, CHRF
