@@ -7,15 +7,15 @@
     python model.py convert Baichuan2-7B-Base/                  # pytorch_model*.bin -> safetensors
 
 In this file: Config; norms and linear layers; positions; attention, FFN with FFN.part, block; the
-Decoder; generation. There the model ends, and what it is read from begins: published checkpoints
-(the only place that knows BLOOM from LLaMA), loading, saving, converting.
+Decoder; generation. There the model ends. Then comes what it is read from: families of published
+checkpoints (the only place that knows BLOOM from LLaMA), loading, saving, converting.
 
 Letters: B sentences, T tokens, D hidden size, F neurons of one feed-forward layer, V vocabulary,
 L layers, H heads, H_kv heads of keys and values, d head size.
 """
 
 import math
-import os
+import pickle
 import re
 import sys
 import zipfile
@@ -110,7 +110,7 @@ def make_norm(config):
 class Linear(nn.Linear):
     """A linear layer whose weights are cast to the input's type: fp32 masters run in 16 bits."""
 
-    ready = None  # what operands() gave, while cast_once is open
+    cast = None  # weight and bias in the input's type, while cast_once is open
 
     def reset_parameters(self):
         """New weights are N(0, 0.02), biases zero."""
@@ -120,13 +120,11 @@ class Linear(nn.Linear):
 
     def operands(self, dtype):
         """Weight and bias as a product in that type takes them."""
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return self.weight.to(dtype), bias
+        return self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
 
     def forward(self, x):
         """[.., in] -> [.., out]"""
-        weight, bias = self.ready or self.operands(x.dtype)
-        return functional.linear(x, weight, bias)
+        return functional.linear(x, *(self.cast or self.operands(x.dtype)))
 
 
 @contextmanager
@@ -135,12 +133,12 @@ def cast_once(model):
     dtype = model.embedding.weight.dtype
     linears = [module for module in model.modules() if isinstance(module, Linear)]
     for linear in linears:
-        linear.ready = linear.operands(dtype)
+        linear.cast = linear.operands(dtype)
     try:
         yield
     finally:
         for linear in linears:
-            linear.ready = None
+            linear.cast = None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -393,11 +391,8 @@ class Decoder(nn.Module):
             mask = None if cache.mask is None else cache.mask[:, :keys]
         elif mask is not None and mask[:, 0].all():
             mask = None  # right padding: causal order already hides it from every real token
-        if keys > self.config.longest:
-            raise InputError(
-                f"{keys} tokens, expected at most {self.config.longest},"
-                f" {self.config.family}'s sliding_window or learned positions"
-            )
+        if new > self.config.longest:
+            raise InputError(f"{new} tokens, sliding_window or positions: {self.config.longest}")
         x = self.embedding(ids)  # [B, T, D]
         if self.config.positions == "learned":
             x = x + self.position_embedding(real_positions(mask, new, keys, ids.device))
@@ -447,10 +442,9 @@ class Decoder(nn.Module):
         """Continue prompts: greedy, or beam search by log-probability a token, the last one counted.
 
         ids, mask [B, T], padded on either side. A continuation ends at eos_id (an id, or several),
-        with a token that ends its line if line_ends (of data.py) says where lines end, and after
-        max_new_tokens, a number or one for each prompt, or where the model's positions end.
-        vocab_size: only ids below it are emitted (pass the tokenizer's, since an embedding may have
-        more rows).
+        with a token that ends its line (line_ends: data.LineEnds), after max_new_tokens (a number,
+        or one for each prompt), and where the model's positions end. Only ids below vocab_size are
+        emitted: an embedding may have more rows than the tokenizer has tokens.
         -> list of B lists of new ids, eos excluded
         """
         B = len(ids)
@@ -481,11 +475,9 @@ class Decoder(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # Generation
 #
-# The idea is four lines: read the prompt; take the likeliest next token; append it; repeat until
-# end-of-sentence. What follows is that, fast: keys and values of earlier tokens are cached, prompts
-# of like length are read together, and finished sentences leave the batch. The tests hold it
-# against the four lines.
-
+# Read the prompt; take the likeliest next token; append it; repeat until end-of-sentence. What
+# follows is these four lines, fast: keys and values of earlier tokens are cached, prompts of like
+# length are read together, finished sentences leave the batch. The tests hold it against the four.
 
 ROOM = 32  # tokens by which a cache grows
 
@@ -628,7 +620,7 @@ def beam_search(model, head, cache, logits, limits, ends, beams):
     prompt_length = cache.length
     sentence = torch.arange(B, device=logits.device)  # [S] which ones are live
     tokens = sentence.new_zeros(B, beams, int(limits.max()))  # [S, beams, largest limit]
-    begun = torch.zeros_like(tokens[:, :, 0], dtype=torch.bool)  # [S, beams]
+    begun = torch.zeros(B, beams, dtype=torch.bool, device=logits.device)  # [S, beams]
     total = torch.full_like(begun, -torch.inf, dtype=torch.float)  # [S, beams] log-probability
     finished = total.clone()  # [S, beams] the highest scores of what has ended, in order
     total[:, 0] = 0  # the beams are alike at first: one alone goes on
@@ -687,28 +679,17 @@ def switch(published, key, default=False):
     return value
 
 
-def first_of(published, *keys):
-    """The first key that is there and not null.
-
-    {"n_embed": 8, "hidden_size": 4}, "n_embed", "hidden_size" -> 8
-    """
-    for key in keys:
-        if published.get(key) is not None:
-            return published[key]
-    raise KeyError(" or ".join(keys))
-
-
 def read_sizes(published, tied=False):
     """What every family says, by any of its names. tied: the head, if no key says so."""
-    hidden_size = first_of(published, "n_embed", "n_embd", "hidden_size")
-    heads = first_of(published, "n_head", "num_attention_heads")
+    hidden_size = published.get("n_embed") or published.get("n_embd") or published["hidden_size"]
+    heads = published.get("n_head") or published["num_attention_heads"]
     if published.get("head_dim") is None and hidden_size % heads:
         raise InputError(f"hidden size {hidden_size} does not divide into {heads} heads")
     return dict(
         vocab_size=published["vocab_size"],
         hidden_size=hidden_size,
         ffn_size=published.get("intermediate_size") or published.get("n_inner") or 4 * hidden_size,
-        layers=first_of(published, "n_layer", "num_hidden_layers"),
+        layers=published.get("n_layer") or published["num_hidden_layers"],
         heads=heads,
         kv_heads=published.get("num_key_value_heads") or heads,
         head_size=published.get("head_dim") or hidden_size // heads,
@@ -746,21 +727,17 @@ def read_bloom(published):
 
 
 def read_baichuan(published):
-    """Baichuan's config.json, v1 and v2, 7B and 13B.
-
-    No key says which it is: the 13B models, with ALiBi, lack max_position_embeddings, and only v2,
+    """Baichuan's config.json. The 13B models, with ALiBi, lack max_position_embeddings; version 2,
     with its normalized head, was trained with a z_loss_weight. `positions` and `normalize_head` are
-    keys of this project's own small checkpoints.
-    """
+    keys of this project's own small checkpoints."""
     length = published.get("max_position_embeddings")
     positions = published.get("positions", "rotary" if length else "alibi")
     if positions not in ("alibi", "rotary"):
         raise InputError(f"positions is {positions!r}, expected alibi or rotary")
-    guess = published["vocab_size"] == 125696
+    is_second = "z_loss_weight" in published or published["vocab_size"] == 125696
     if not published.keys() & {"normalize_head", "z_loss_weight"}:
-        version = "2, with a normalized head" if guess else "1, with a plain head"
-        note(f"config.json: taken for Baichuan {version}, by its vocab_size alone")
-    normalized = switch(published, "normalize_head", "z_loss_weight" in published or guess)
+        note(f"config.json: taken for Baichuan {1 + is_second} by its vocab_size alone")
+    normalized = switch(published, "normalize_head", is_second)
     return read_llama(published) | dict(
         max_length=length or published.get("model_max_length", 4096),
         positions=positions,
@@ -781,28 +758,26 @@ def read_llama(published):
     )
 
 
-SCALINGS = {  # the keys of each type of rope_scaling; any other is refused
-    "default": {"rope_theta", "rope_type", "type"},
-    "linear": {"rope_theta", "rope_type", "type", "factor"},
-    "llama3": {"rope_theta", "rope_type", "type", "factor", "low_freq_factor", "high_freq_factor"},
-}
-
-
 def read_rotary(published):
     """Base and scaling of rotary positions, in either spelling. -> fields of Config"""
     # rope_parameters: of files saved since transformers 5.
     scaling = published.get("rope_scaling") or published.get("rope_parameters") or {}
     base = float(scaling.get("rope_theta", published.get("rope_theta", 10000.0)))
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in list(SCALINGS):
-        raise InputError(f"rope_scaling of type {kind!r}, expected {', '.join(SCALINGS)}")
-    for key in scaling.keys() - SCALINGS[kind] - {"original_max_position_embeddings"}:
-        raise InputError(f"rope_scaling: {key} is {scaling[key]!r}, which is not supported")
-    if kind == "default":
-        return dict(rotary_base=base)
+    factors = {
+        "default": [],
+        "linear": ["factor"],
+        "llama3": ["factor", "low_freq_factor", "high_freq_factor"],
+    }
+    if kind not in list(factors):
+        raise InputError(f"rope_scaling of type {kind!r}, expected {', '.join(factors)}")
+    known = {"rope_theta", "rope_type", "type", "original_max_position_embeddings", *factors[kind]}
+    if more := scaling.keys() - known:
+        raise InputError(f"rope_scaling has {', '.join(sorted(more))}, which is not supported")
     if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
         raise InputError("rope_scaling: low_freq_factor is not below high_freq_factor")
-    return dict(rotary_base=base, rotary_scaling=scaling | {"rope_type": kind})
+    scaling = scaling | {"rope_type": kind}
+    return dict(rotary_base=base, rotary_scaling=None if kind == "default" else scaling)
 
 
 def read_mistral(published):
@@ -874,23 +849,23 @@ LLAMA_NAMES = {
 }
 PACKED = {"blocks.{}.attention.query_key_value": "model.layers.{}.self_attn.W_pack"}
 
-# Keys of config.json that change what is computed, and what they may be if they are there.
-NEVER = dict.fromkeys(
-    "alibi attention_multiplier attn_logit_softcapping clip_qkv embedding_multiplier"
-    " final_logit_softcapping logit_scale logits_scaling no_rope_layers num_experts"
-    " num_local_experts parallel_attn partial_rotary_factor qk_layernorm quantization_config"
-    " residual_multiplier rotary_pct use_bidirectional_attention use_parallel_residual"
-    " use_qk_norm".split(),
-    [None, False, 1],
+# Keys of config.json that change what is computed, and what they may be where they are set.
+SILU, GELU = {"hidden_act": ["silu", "swish"]}, {"hidden_act": ["gelu"], "rope_scaling": [None]}
+BAICHUAN = SILU | {"rope_scaling": [None], "tie_word_embeddings": [False]}
+GPT2 = {"activation_function": ["gelu_new", "gelu_pytorch_tanh"], "scale_attn_weights": [True]}
+ABSENT = (
+    "add_cross_attention alibi attn_logit_softcapping clip_qkv final_logit_softcapping"
+    " no_rope_layers num_experts num_local_experts parallel_attn qk_layernorm quantization_config"
+    " scale_attn_by_inverse_layer_idx use_bidirectional_attention use_parallel_residual use_qk_norm"
 )
-SILU = NEVER | {"hidden_act": ["silu", "swish"]}
-GELU = NEVER | {"hidden_act": ["gelu"], "rope_scaling": [None]}
-GPT2 = NEVER | {
-    "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
-    "scale_attn_weights": [True],
-    "scale_attn_by_inverse_layer_idx": [False],
-    "add_cross_attention": [False],
-}
+ONE = (
+    "attention_multiplier embedding_multiplier logit_scale logits_scaling partial_rotary_factor"
+    " residual_multiplier rotary_pct"
+)
+OTHERS = dict.fromkeys(ABSENT.split(), [None, False]) | dict.fromkeys(ONE.split(), [None, 1])
+
+# Tensors that are no weights: angles, which are computed in fp32, and who may see whom.
+DROPPED = r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq|h\.\d+\.attn\.(masked_)?bias"
 
 
 class Family(NamedTuple):
@@ -900,26 +875,18 @@ class Family(NamedTuple):
     names: dict  # our module -> the published one, "{}" for the layer; a tuple: rows concatenated
     computes: dict  # keys of config.json, and the values of theirs that are computed here
     prefix: str = "model."  # stands before the published names or not
-    drops: str = r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq"  # no weights: recomputed, in fp32
     transposed: bool = False  # matrices of blocks are stored [in, out]
 
 
 LLAMA = Family(read_llama, LLAMA_NAMES, SILU)
 FAMILIES = {
-    "bloom": Family(read_bloom, BLOOM_NAMES, GELU, "transformer.", drops="(?!)"),
-    "baichuan": Family(read_baichuan, LLAMA_NAMES | PACKED, SILU | {"rope_scaling": [None]}),
+    "bloom": Family(read_bloom, BLOOM_NAMES, GELU, "transformer."),
+    "baichuan": Family(read_baichuan, LLAMA_NAMES | PACKED, BAICHUAN),
     "llama": LLAMA,
     "mistral": LLAMA._replace(read=read_mistral),
     "qwen2": LLAMA._replace(read=read_qwen2),
     "qwen3": LLAMA._replace(read=read_qwen3),
-    "gpt2": Family(
-        read_gpt2,
-        GPT2_NAMES,
-        GPT2,
-        prefix="transformer.",
-        drops=r"h\.\d+\.attn\.(masked_)?bias",  # no weights: who may see whom
-        transposed=True,
-    ),
+    "gpt2": Family(read_gpt2, GPT2_NAMES, GPT2, "transformer.", transposed=True),
 }
 
 
@@ -929,7 +896,7 @@ def read_config(published):
     if name not in list(FAMILIES):
         raise InputError(f"model_type is {name!r}, expected one of {', '.join(FAMILIES)}")
     family = FAMILIES[name]
-    for key, values in family.computes.items():
+    for key, values in (OTHERS | family.computes).items():
         if key in published and published[key] not in values:
             raise InputError(f"{key} is {published[key]!r}, expected {values[0]!r}")
     kinds = published.get("layer_types") or []
@@ -941,9 +908,7 @@ def read_config(published):
         if field.type is int and (type(size) is not int or not 1 <= size < 2**24):
             raise InputError(f"{field.name} is {size!r}, expected a positive integer")
     if config.heads % config.kv_heads:
-        raise InputError(
-            f"{config.heads} heads do not divide into {config.kv_heads} of keys and values"
-        )
+        raise InputError(f"{config.heads} heads do not divide into {config.kv_heads} (key, value)")
     if not 0 < config.norm_eps < 1:
         raise InputError(f"norm_eps is {config.norm_eps}, expected a small number")
     if config.positions == "rotary" and config.head_size % 2:
@@ -1010,10 +975,7 @@ def checkpoint_files(folder):
                     raise InputError(f"{index}: shard {shard!r} is not a file in its own folder")
             return [folder / shard for shard in shards]
     if any(folder.glob("pytorch_model*.bin")):
-        raise InputError(
-            f"{folder}: only .bin files, expected safetensors; "
-            f"run: python model.py convert {folder}"
-        )
+        raise InputError(f"{folder}: only .bin files; run: python model.py convert {folder}")
     raise InputError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
 
 
@@ -1025,9 +987,6 @@ def find_tensors(folder, prefix):
     """All tensors of a checkpoint, memory-mapped, by name without prefix. -> {name: tensor}"""
     found = {}
     for path in checkpoint_files(folder):
-        with reading(path), open(path, "rb") as file:
-            if file.read(40).startswith(b"version https://git-lfs"):
-                raise InputError(f"{path}: a Git LFS pointer; git lfs pull fetches the file itself")
         file = open_safetensors(path)
         for name in file.keys():
             short = WRAPPERS.sub("", name).removeprefix(prefix)
@@ -1040,33 +999,8 @@ def find_tensors(folder, prefix):
     return found
 
 
-def settle_head(folder, config, found):
-    """Drop a stored head that repeats a tied embedding. One that differs is used, and said."""
-    (name,) = published_names(config.family, "embedding.weight")
-    embedding = found.get(name.removeprefix(FAMILIES[config.family].prefix))
-    head = found.get("lm_head.weight")
-    if config.head != "tied" or head is None or embedding is None:
-        return config
-    if head.dtype == embedding.dtype and torch.equal(head, embedding):
-        del found["lm_head.weight"]
-        return config
-    note(f"{folder}: lm_head.weight is not the embedding, as tie_word_embeddings says; it is used")
-    return replace(
-        config, head="plain", published=config.published | {"tie_word_embeddings": False}
-    )
-
-
-def listed(names):
-    """At most ten, and how many there are."""
-    more = f", ... ({len(names)})" if len(names) > 10 else ""
-    return ", ".join(names[:10]) + more
-
-
-def check_tensors(folder, found, wanted, drops):
-    """One InputError about every missing, unexpected and misshapen tensor.
-
-    found, wanted: {name: tensor}, wanted without data; drops: regex of what may be passed over
-    """
+def check_tensors(folder, found, wanted):
+    """One InputError about every missing, unexpected and misshapen tensor. Both {name: tensor}"""
     misshapen = []
     for name in [name for name in wanted if name in found]:
         tensor, shape = found[name], list(wanted[name].shape)
@@ -1074,14 +1008,16 @@ def check_tensors(folder, found, wanted, drops):
             misshapen.append(f"{name} {tensor.dtype} {list(tensor.shape)}, expected floats {shape}")
     problems = {
         "missing": [name for name in wanted if name not in found],
-        "unexpected": [n for n in found if n not in wanted and not re.fullmatch(drops, n)],
+        "unexpected": [n for n in found if n not in wanted and not re.fullmatch(DROPPED, n)],
         "misshapen": misshapen,
     }
-    said = [f"{kind}: {listed(names)}" for kind, names in problems.items() if names]
+    said = []
+    for kind, names in problems.items():
+        if names:
+            more = ", ..." if len(names) > 10 else ""
+            said.append(f"{len(names)} {kind}: {', '.join(names[:10])}{more}")
     if said:
-        prefix = os.path.commonprefix(list(found))
-        also = f", whose names all begin with {prefix}" if "." in prefix else ""
-        raise InputError(f"{folder}: tensors{also} do not fit config.json; {'; '.join(said)}")
+        raise InputError(f"{folder}: tensors do not fit config.json; {'; '.join(said)}")
 
 
 def load_model(folder, device="cpu", dtype=None, config=None):
@@ -1097,14 +1033,23 @@ def load_model(folder, device="cpu", dtype=None, config=None):
     found = find_tensors(folder, prefix)
     if config.layers > len(found):
         raise InputError(f"{folder}: {config.layers} layers in config.json, {len(found)} tensors")
-    config = settle_head(folder, config, found)
+    head = found.get("lm_head.weight")
+    if config.head == "tied" and head is not None:
+        (name,) = published_names(config.family, "embedding.weight")
+        embedding = found.get(name.removeprefix(prefix), head.new_empty(0))
+        if head.dtype == embedding.dtype and torch.equal(head, embedding):
+            del found["lm_head.weight"]
+        else:
+            note(f"{folder}: lm_head.weight is not tied to the embedding; it is used as it is")
+            published = config.published | {"tie_word_embeddings": False}
+            config = replace(config, head="plain", published=published)
     with torch.device("meta"):
         model = Decoder(config)
     wanted = {}
     for parameter, value in model.named_parameters():
         for name, tensor in to_published(config, parameter, value).items():
             wanted[name.removeprefix(prefix)] = tensor
-    check_tensors(folder, found, wanted, FAMILIES[config.family].drops)
+    check_tensors(folder, found, wanted)
     dtype = dtype or found[next(iter(wanted))].dtype  # the embedding's
     state = {}
     for parameter, _ in model.named_parameters():
@@ -1134,28 +1079,23 @@ def read_bin(path):
 
     InputError for what is no plain tensor, or takes more memory than the file is long.
     """
-    expected = "expected a PyTorch file of plain tensors in the zip format"
-    try:
-        with zipfile.ZipFile(path) as archive:
-            # torch does not compress. A compressed data.pkl may unpack to a thousand times its size.
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise InputError(f"{path}: is compressed, {expected}")
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    with reading(path), zipfile.ZipFile(path) as archive:
+        # torch does not compress. A compressed data.pkl may unpack to a thousand times its size.
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise InputError(f"{path}: is compressed, expected what torch.save writes")
+    with reading(path):
+        try:
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except pickle.UnpicklingError:  # torch advises to run it all the same
+            raise InputError(f"{path}: holds objects made by running code; none is run") from None
         for name, tensor in loaded.items():
             plain = isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu"
             plain = plain and tensor.layout == torch.strided and not tensor.is_quantized
             if not (plain and isinstance(name, str) and name.isprintable()):
-                raise InputError(f"{path}: holds {name!r}, a {type(tensor).__name__}, {expected}")
+                what = type(tensor).__name__
+                raise InputError(f"{path}: holds {name!r}, a {what}, expected plain tensors")
         if sum(tensor.nbytes for tensor in loaded.values()) > 2 * path.stat().st_size:
-            raise InputError(f"{path}: its tensors are larger than the file, {expected}")
-    except (InputError, OSError):
-        raise
-    except Exception as error:  # torch raises many kinds for a file that is not its own
-        reason = str(error).split("\n")[0]
-        if reason.startswith("Weights only load failed"):
-            # What torch says next is to load it all the same: the one thing not to do.
-            reason = "it holds objects that running code would make, and none is run"
-        raise InputError(f"{path}: {expected} ({reason})") from None
+            raise InputError(f"{path}: holds tensors that are larger than the file")
     return loaded
 
 
@@ -1177,10 +1117,11 @@ def convert(folder):
         target = folder / (shard.stem.removeprefix("pytorch_") + ".safetensors")
         tensors, seen = loaded.pop(0), set()
         for name, tensor in tensors.items():
-            storage = tensor.untyped_storage().data_ptr()
             # safetensors takes none in the memory of another: a head that is tied to the embedding.
-            tensors[name] = tensor.clone() if storage in seen else tensor.contiguous()
-            seen.add(storage)
+            tensor = tensor.contiguous()
+            memory = tensor.untyped_storage().data_ptr()
+            tensors[name] = tensor.clone() if memory in seen else tensor
+            seen.add(memory)
         write_tensors(target, tensors)
         weight_map |= dict.fromkeys(tensors, target.name)
         total_size += sum(tensor.nbytes for tensor in tensors.values())
