@@ -26,7 +26,8 @@ import time
 import tracemalloc
 import unicodedata
 import zipfile
-from dataclasses import fields, replace
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in commands
