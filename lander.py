@@ -78,6 +78,7 @@ import shutil
 import sys
 import textwrap
 import time
+from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -574,13 +575,10 @@ def evaluate(model, tokenizer, pair, text, decoding, new_tokens=NEW_TOKENS):
 
     scores: {"bleu": ..., "chrf": ..., their signatures, "cut": how many ran to their limit}
     """
-    sources = list(of_this_process(enumerate(source for source, _ in text)))
-    label, found = f"translating {pair}", {}
-    for number, line, cut in translate_lines(
-        model, tokenizer, pair, sources, decoding, label, new_tokens
-    ):
-        found[number] = line, cut
-    translations = gather(found)
+    sources, label = enumerate(source for source, _ in text), f"translating {pair}"
+    rest = list(of_this_process(sources)), decoding, label, new_tokens
+    translated = translate_lines(model, tokenizer, pair, *rest)
+    translations = gather({number: (line, cut) for number, line, cut in translated})
     hypotheses = [translations[number][0] for number in range(len(text))]
     references = [target for _, target in text]
     scores = {}
@@ -748,10 +746,8 @@ class Parser(argparse.ArgumentParser):
 
 def parse_arguments(argv):
     """Command-line words -> {name: value} of the settings that were given."""
-    about = __doc__.split("\n\n")[0]
-    parser = Parser(
-        "lander.py", description=about, argument_default=argparse.SUPPRESS, allow_abbrev=False
-    )
+    parser = Parser("lander.py", argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser.description = __doc__.split("\n\n")[0]
     for setting in fields(Settings):
         flag, kind, text = flag_of(setting.name), setting.type, setting.metadata["help"]
         if kind is bool:
@@ -1009,9 +1005,7 @@ def keep_short(examples, pair, max_tokens, what):
     kept = short_enough(examples, max_tokens)
     if not kept:
         shortest = min(len(prompt) + len(target) for prompt, target in examples)
-        found = (
-            f"all {len(examples)} {what} examples of {pair}, the shortest with {shortest} tokens"
-        )
+        found = f"all {len(examples)} {what} examples of {pair}, the shortest of {shortest} tokens"
         raise InputError(f"{found}, are longer than --max-tokens {max_tokens}")
     if len(kept) < len(examples):
         skipped = f"{len(examples) - len(kept)} of {len(examples)} examples"
@@ -1291,15 +1285,12 @@ def tune(settings, folder):
     for pair in tuned:
         say(f"   {pair}: {', '.join(map(str, selected[pair]))} of 0 to {config.layers - 1}")
 
-    print(
-        f"\n2. Neurons: which does one of {len(inputs.scoring)} pairs need more than the others?",
-        flush=True,
-    )
+    compared = len(inputs.scoring)
+    print(f"\n2. Neurons: which does one of {compared} pairs need more than the others?", flush=True)
     groups = group_neurons(model, tokenizer, inputs.scoring, selected, settings, folder)
-    counts = dict.fromkeys(inputs.scoring, 0)
+    counts = Counter()
     for group in groups.values():
-        for pair, neurons in group["specific"].items():
-            counts[pair] += len(neurons)
+        counts.update({pair: len(owned) for pair, owned in group["specific"].items()})
     specific = sum(counts.values())
     owned = ", ".join(f"{counts[pair]} of {pair}" for pair in tuned)
     say(f"   {len(groups) * config.ffn_size - specific} general, {specific} specific: {owned}")
@@ -1359,13 +1350,7 @@ def read_groups(path, config):
     return groups
 
 
-TAKEN_OVER = (
-    "weights",
-    "dtype",
-    "beams",
-    "no_routing",
-    "language",
-)  # from the run, where they are not given
+TAKEN_OVER = "weights", "dtype", "beams", "no_routing", "language"  # where they are not given
 WITH_TUNED = {*TAKEN_OVER, "pair", "device", "cache_gb", "translate", "tuned", "export"}
 
 
