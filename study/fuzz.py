@@ -106,7 +106,7 @@ PIPELINES = {
 def tokenizer_json(lines, **pipeline):
     """Contents of a tokenizer.json like BLOOM's that knows all bytes, and the words of some lines."""
     characters = byte_characters()
-    vocabulary = {token: id for id, token in enumerate([*SPECIAL, *characters])}
+    vocabulary = {token: id for id, token in enumerate([*SPECIAL, *characters.values()])}
     merges = []
     for piece in re.findall(r" ?\w+", "\n".join(lines)):
         word = "".join(characters[byte] for byte in piece.encode())
