@@ -167,7 +167,7 @@ LANGUAGES_BY_TOKENIZER = {
 def read_languages(text):
     """ "de deu=German, fr=French" -> {"de": "German", "deu": "German", "fr": "French"}"""
     languages = {}
-    for entry in text.split(","):
+    for entry in text.split(",") if text else []:
         codes, _, name = entry.strip().partition("=")
         if not codes or not name.strip() or not name.isprintable():
             raise InputError(f"language {entry!r}: expected a code and a name, as in de=German")
@@ -178,20 +178,13 @@ def read_languages(text):
 LANGUAGES = read_languages(",".join(LANGUAGES_BY_TOKENIZER.values()))
 
 
-def name_languages(text):
-    """Add to LANGUAGES what --language names, before anything is read. "" or "xx=Name, ..." """
-    if text:
-        LANGUAGES.update(read_languages(text))
-
-
 def language_name(code):
     """ "de", "deu", "de-AT" or "deu_Latn" -> "German"; "" for no code that is known."""
     base, *others = re.split("[-_]", code)
-    if code not in LANGUAGES and not re.fullmatch("([A-Z][a-z]{3})?([A-Z]{2})?", "".join(others)):
-        return ""  # what follows is no script and no region
-    return (
-        LANGUAGES.get(code) or LANGUAGES.get("-".join([base, *others])) or LANGUAGES.get(base, "")
-    )
+    name = LANGUAGES.get(code) or LANGUAGES.get("-".join([base, *others]))
+    if not name and re.fullmatch("([A-Z][a-z]{3})?([A-Z]{2})?", "".join(others)):
+        name = LANGUAGES.get(base)  # of any script, in any region
+    return name or ""
 
 
 def bleu_tokenizer(code):
@@ -477,7 +470,7 @@ class BPETokenizer:
             self.over_bytes = [step["type"] for step in steps][-1:] == ["ByteLevel"]
             self.symbols = [f"<0x{byte:02X}>" for byte in range(256)]
             if self.over_bytes:
-                self.symbols = [symbol for _, symbol in sorted(byte_characters().items())]
+                self.symbols = list(map(byte_characters().get, range(256)))
             check_options(path, self, model, decoders, added)
             self.ignore_merges = model.get("ignore_merges")  # for a piece that is a token
             self.vocabulary = model["vocab"]  # token -> id
@@ -642,7 +635,6 @@ NAMED = {
 }
 # Keys of tokenizer_config.json that would change ids.
 NOT_KNOWN = "do_lower_case", "split_special_tokens", "sp_model_kwargs", "fix_mistral_regex"
-LARGEST_ID = 2**24
 
 
 def load_tokenizer(folder):
@@ -673,17 +665,13 @@ def load_tokenizer(folder):
     except InputError:  # there is none, or it is tiktoken's
         if not json_path.exists():
             raise
-        path, tokenizer = (
-            json_path,
-            BPETokenizer(json_path, files["tokenizer.json"], added.values()),
-        )
+        path = json_path
+        tokenizer = BPETokenizer(path, files["tokenizer.json"], added.values())
     tokenizer.paths = list(dict.fromkeys([path, *paths]))
     with reading(path):
         smallest, largest = min(tokenizer.tokens), max(tokenizer.tokens)
-    if not 0 <= smallest <= largest < LARGEST_ID:
-        raise InputError(
-            f"{path}: ids from {smallest} to {largest}, expected 0 to {LARGEST_ID - 1}"
-        )
+    if not 0 <= smallest <= largest < 2**24:
+        raise InputError(f"{path}: ids from {smallest} to {largest}, expected 0 to 2**24 - 1")
     tokenizer.vocab_size = largest + 1
     # LLaMA's puts a space before any text, a "dummy prefix": a second one would be a token.
     begin = "".join(tokenizer.tokens[id] for id in tokenizer.encode("a"))
@@ -699,10 +687,8 @@ def frame(path, tokenizer, files):
     add_bos_token does. What any file names as an end is one. Sets .prompt_prefix, .bos_id, .eos_id,
     .end_ids, .pad_id. InputError for what contradicts, and for keys that would change ids.
     """
-    config_path, json_path = (
-        path.with_name("tokenizer_config.json"),
-        path.with_name("tokenizer.json"),
-    )
+    config_path = path.with_name("tokenizer_config.json")
+    json_path = path.with_name("tokenizer.json")
     config = files[config_path.name]
     for key in NOT_KNOWN:
         if config.get(key):
@@ -839,9 +825,7 @@ def map_file(path):
         sized = os.fstat(file.fileno()).st_size
         raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if sized else file.read()
     if raw[:23] == b"version https://git-lfs":
-        raise InputError(
-            f"{path}: a Git LFS pointer; git lfs pull, or hf download, fetches the file"
-        )
+        raise InputError(f"{path}: a Git LFS pointer; git lfs pull or hf download fetches the file")
     return raw
 
 

@@ -93,10 +93,11 @@ from torch import distributed, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from data import InputError, bleu_tokenizer, exit_status, fingerprint, first_line, group_by_length
-from data import has_line_break, line_ends, list_pairs, load_tokenizer, locked, make_batch
-from data import make_batches, name_languages, note, open_parallel, read_json, read_lines
-from data import read_tensors, reading, render, split_pair, write_json, write_lines, write_tensors
+from data import LANGUAGES, InputError, bleu_tokenizer, exit_status, fingerprint, first_line
+from data import group_by_length, has_line_break, line_ends, list_pairs, load_tokenizer, locked
+from data import make_batch, make_batches, note, open_parallel, read_json, read_languages
+from data import read_lines, read_tensors, reading, render, split_pair, write_json, write_lines
+from data import write_tensors
 from model import FFN, Config, checkpoint_files, load_model, save_model
 
 
@@ -718,10 +719,7 @@ class Settings:
         for setting in fields(self):
             flag, value = flag_of(setting.name), getattr(self, setting.name)
             least, most = setting.metadata["least"], setting.metadata["most"]
-            if setting.type is str:
-                if "\0" in value:
-                    raise InputError(f"{flag} has a NUL character")
-            elif not least <= value <= most:
+            if setting.type is not str and not least <= value <= most:
                 expected = f"{least} or more" if most == MANY else f"{least} to {most}"
                 raise InputError(f"{flag} is {value}, expected {expected}")
         if self.lr == 0:
@@ -888,10 +886,7 @@ def record_args(folder, settings, paths, new_tokens):
 
 def merged(learners):
     """What learns from any pair. pair -> {name: Parameter} -> {name: Parameter}"""
-    parameters = {}
-    for of_pair in learners.values():
-        parameters |= of_pair
-    return parameters
+    return {name: p for of_pair in learners.values() for name, p in of_pair.items()}
 
 
 def save_state(path, parameters, optimizer, step):
@@ -1000,19 +995,6 @@ def short_enough(examples, max_tokens):
     return [example for example in examples if len(example[0]) + len(example[1]) <= max_tokens]
 
 
-def keep_short(examples, pair, max_tokens, what):
-    """Rendered examples that fit into max_tokens; the others are counted. InputError for none."""
-    kept = short_enough(examples, max_tokens)
-    if not kept:
-        shortest = min(len(prompt) + len(target) for prompt, target in examples)
-        found = f"all {len(examples)} {what} examples of {pair}, the shortest of {shortest} tokens"
-        raise InputError(f"{found}, are longer than --max-tokens {max_tokens}")
-    if len(kept) < len(examples):
-        skipped = f"{len(examples) - len(kept)} of {len(examples)} examples"
-        note(f"{what} {pair}: skipped {skipped}, over {max_tokens} tokens")
-    return kept
-
-
 def read_inputs(tokenizer, tuned, settings):
     """Read all text that a run needs, so that what is wrong with it shows before anything long.
 
@@ -1050,9 +1032,14 @@ def read_inputs(tokenizer, tuned, settings):
         length = median(len(prompt) + len(target) for prompt, target in examples)
         if not settings.max_tokens:
             max_tokens = max(max_tokens, 256, math.ceil(4 * length))
-    for examples, what in ((scoring, "scoring"), (valid, "validation")):
-        for pair in examples:
-            examples[pair] = keep_short(examples[pair], pair, max_tokens, what)
+    for rendered_text, what in ((scoring, "scoring"), (valid, "validation")):
+        for pair, examples in rendered_text.items():
+            rendered_text[pair] = kept = short_enough(examples, max_tokens)
+            over = f"{what} {pair}: {len(examples) - len(kept)} of {len(examples)} examples over"
+            if not kept:
+                raise InputError(f"{over} --max-tokens {max_tokens}")
+            if len(kept) < len(examples):
+                note(f"{over} {max_tokens} tokens are skipped")
     for pair in choose_pairs(settings.eval_pairs or settings.pair, settings.data, "test"):
         make_metrics(pair)  # which may lack its tokenizer
         test[pair] = read("test", pair)[: settings.eval_sentences or None]
@@ -1210,11 +1197,9 @@ def evaluate_all(model, tokenizer, test, new_tokens, when, settings, folder):
     path = folder / "results.json"
     results = read_json(path) if path.exists() else {}
     with reading(path):
-        for pair, scores in results.items():
-            if pair not in test or not scores.keys() <= {"before", "after"}:
-                raise InputError(f"{path}: {pair}: {', '.join(scores)} is not of this run")
+        results = {pair: dict(results.get(pair, {})) for pair in test}
     for pair, text in test.items():
-        if when in results.setdefault(pair, {}):
+        if when in results[pair]:
             continue
         limit = new_tokens.get(pair, NEW_TOKENS)
         hypotheses, scores = evaluate(model, tokenizer, pair, text, settings, limit)
@@ -1285,8 +1270,8 @@ def tune(settings, folder):
     for pair in tuned:
         say(f"   {pair}: {', '.join(map(str, selected[pair]))} of 0 to {config.layers - 1}")
 
-    compared = len(inputs.scoring)
-    print(f"\n2. Neurons: which does one of {compared} pairs need more than the others?", flush=True)
+    pairs = len(inputs.scoring)
+    print(f"\n2. Neurons: which does one of {pairs} pairs need more than the others?", flush=True)
     groups = group_neurons(model, tokenizer, inputs.scoring, selected, settings, folder)
     counts = Counter()
     for group in groups.values():
@@ -1448,7 +1433,7 @@ def main(argv=None):
             if settings.tuned:
                 settings = settings_of_run(given)
             torch.manual_seed(settings.seed)
-            name_languages(settings.language)
+            LANGUAGES.update(read_languages(settings.language))
             if process_count() > 1 and (settings.tuned or not settings.weights):
                 raise InputError("torchrun is for tuning a checkpoint; run this one without")
             if settings.tuned:
