@@ -84,7 +84,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import NamedTuple
 
 import torch
@@ -682,10 +682,7 @@ def option(default, help, least=0, most=MANY):
 
 @dataclass
 class Settings:
-    """Every setting with its default: the command line is made from it, args.json records it.
-
-    InputError where a value makes no sense.
-    """
+    """Every setting with its default: the command line is made from it, args.json records it."""
 
     pair: str = option("", "pair to tune, source first: en-de; several alternate: en-de,fr-cs")
     weights: str = option("", "folder of a published checkpoint; none: run the demo")
@@ -809,13 +806,9 @@ def write(path, value):
 
 
 def grow(path, keys, make):
-    """A file with an entry for each key: what it lacks is made, and written as soon as it is done.
-
-    Every process works on each entry, so none can find in the file what another is yet to make.
-    -> key -> entry
-    """
+    """A file with an entry for each key: what it lacks is made, and written as soon as it is done."""
     entries = READERS[path.suffix](path) if path.exists() else {}
-    for key in keys:
+    for key in keys:  # in every process, or one finds in the file what another is yet to make
         if key not in entries:
             entries[key] = make(key)
             write(path, entries)
@@ -868,10 +861,7 @@ def check_run_folder(folder, settings):
 
 
 def record_args(folder, settings, paths, new_tokens):
-    """Write args.json. InputError that names a file that has changed since the run began.
-
-    paths: name -> path of all that the run reads. -> name -> fingerprint
-    """
+    """Write args.json. paths: name -> path of all that the run reads. -> name -> fingerprint"""
     files = {name: fingerprint(path) for name, path in paths.items()}
     if (folder / "args.json").exists():
         before = read_args(folder)["files"]
@@ -914,10 +904,7 @@ def load_state(path, parameters, optimizer):
 
 
 def load_parameters(path, tensors, parameters):
-    """Copy tensors into parameters of the same names.
-
-    InputError where they differ in name, shape or type, or hold what is no number.
-    """
+    """Copy tensors into parameters. InputError for other names, shapes or types, or for no numbers."""
     wrong = sorted(tensors.keys() ^ parameters.keys())
     for name in tensors.keys() & parameters.keys():
         tensor, parameter = tensors[name], parameters[name]
@@ -965,10 +952,7 @@ def choose_pairs(choice, folder, split):
 
 
 def open_checkpoint(folder):
-    """-> Config, tokenizer, and name in args.json -> path of all files of a checkpoint that are read
-
-    InputError where the two do not fit together.
-    """
+    """-> Config, tokenizer that fits, and name in args.json -> path of all files that are read"""
     config, tokenizer = Config.from_folder(folder), load_tokenizer(folder)
     if tokenizer.vocab_size > config.vocab_size:
         found = f"{tokenizer.paths[0]} has {tokenizer.vocab_size} tokens"
@@ -1055,10 +1039,7 @@ def check_scores(scores, size, what):
 
 
 def analyse_layers(model, tokenizer, scoring, tuned, settings, path):
-    """layers.json: of each tuned pair the means, differences and selected layers.
-
-    -> pair -> selected layers
-    """
+    """layers.json: each tuned pair's means, differences and layers. -> pair -> selected layers"""
 
     def analyse(pair):
         prompts = [(prompt, []) for prompt, _ in scoring[pair]]
@@ -1109,8 +1090,7 @@ def count_steps(text, settings):
 def step_batches(tokenizer, text, settings, start):
     """The steps of a run from number `start` on, as training_steps takes them.
 
-    Examples are rendered when their step comes, so that millions of them take no time before the
-    first step. One over max_tokens is left out of its step.
+    Examples are rendered when their step comes: there may be millions.
     """
     sizes = {pair: len(pairs) for pair, pairs in text.items()}
     steps = schedule(sizes, settings.batch, settings.seed)
@@ -1122,11 +1102,10 @@ def step_batches(tokenizer, text, settings, start):
 
 
 def train(model, tokenizer, learners, text, valid, settings, folder, weight_decay=WEIGHT_DECAY):
-    """Train to the end, from the last saved state if there is one, and write tuned.safetensors.
+    """Train from the last saved state, if there is one, to tuned.safetensors; log.jsonl says how.
 
     learners: pair -> {name: Parameter}, as what_learns; text: pair -> [(source, target), ...];
-    valid: pair -> rendered examples. log.jsonl gets a line a step, state.safetensors holds the last
-    good state. InputError where the loss is no longer a number.
+    valid: pair -> rendered examples. InputError where the loss is no longer a number.
     """
     log_path, state_path = folder / "log.jsonl", folder / "state.safetensors"
     parameters, total = merged(learners), count_steps(text, settings)
@@ -1190,16 +1169,15 @@ def show_training(log_path, max_tokens):
 
 
 def evaluate_all(model, tokenizer, test, new_tokens, when, settings, folder):
-    """Translate the test text of each pair, and score it; results.json grows pair by pair.
-
-    What that file says already is not computed again. -> what it holds
-    """
+    """Translate and score the test text of each pair that results.json lacks. -> what it holds then"""
     path = folder / "results.json"
     results = read_json(path) if path.exists() else {}
     with reading(path):
-        results = {pair: dict(results.get(pair, {})) for pair in test}
+        for pair, scores in results.items():
+            if pair not in test or not scores.keys() <= {"before", "after"}:
+                raise InputError(f"{path}: {pair}: {', '.join(scores)} is not of this run")
     for pair, text in test.items():
-        if when in results[pair]:
+        if when in results.setdefault(pair, {}):
             continue
         limit = new_tokens.get(pair, NEW_TOKENS)
         hypotheses, scores = evaluate(model, tokenizer, pair, text, settings, limit)
@@ -1211,24 +1189,18 @@ def evaluate_all(model, tokenizer, test, new_tokens, when, settings, folder):
 
 def show_table(results, tuned):
     """Scores before and after, pair by pair, with the means of the tuned pairs and of the others."""
+    rows = [(pair, [pair], "  tuned" if pair in tuned else "") for pair in results]
+    rows.append(("mean, tuned", [pair for pair in results if pair in tuned], ""))
+    rows.append(("mean, others", [pair for pair in results if pair not in tuned], ""))
     print("\npair          BLEU before   after  change   chrF before   after  change")
-
-    def show(label, pairs, remark=""):
-        row = f"{label:<13}"
-        for metric, width in (("bleu", 12), ("chrf", 14)):
-            before = sum(results[pair]["before"][metric] for pair in pairs) / len(pairs)
-            after = sum(results[pair]["after"][metric] for pair in pairs) / len(pairs)
-            row += f"{before:{width}.2f}{after:8.2f}{after - before:+8.2f}"
-        print(row + remark)
-
-    for pair in results:
-        show(pair, [pair], "  tuned" if pair in tuned else "")
-    evaluated = [pair for pair in results if pair in tuned]
-    others = [pair for pair in results if pair not in tuned]
-    if evaluated:
-        show("mean, tuned", evaluated)
-    if others:
-        show("mean, others", others)
+    for label, pairs, remark in rows:
+        if pairs:
+            print(f"{label:<13}", end="")
+            for metric, width in (("bleu", 12), ("chrf", 14)):
+                before = mean(results[pair]["before"][metric] for pair in pairs)
+                after = mean(results[pair]["after"][metric] for pair in pairs)
+                print(f"{before:{width}.2f}{after:8.2f}{after - before:+8.2f}", end="")
+            print(remark)
     for when in ("before", "after"):
         cut = sum(scores[when]["cut"] for scores in results.values())
         if cut:
@@ -1352,10 +1324,7 @@ def settings_of_run(given):
 
 
 def load_tuned(settings):
-    """What a finished run made. -> Decoder, tokenizer, tuned pair -> {name: Parameter}
-
-    InputError where the weights are not those that it tuned.
-    """
+    """What a finished run made. -> Decoder, tokenizer, tuned pair -> {name: Parameter}"""
     folder = Path(settings.tuned)
     device, dtype = choose_device(settings)
     config, tokenizer, paths = open_checkpoint(settings.weights)
@@ -1398,10 +1367,7 @@ COMPANIONS = "tokenizer.model", "*token*.json", "generation_config.json"
 
 
 def export(settings):
-    """Write a finished run as a published checkpoint: trained neurons back in their places.
-
-    In the type that the run computed in, or --dtype. InputError for a routed run.
-    """
+    """Write a finished run as a published checkpoint: trained neurons back in their places."""
     folder = Path(settings.export)
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder}: not empty")
