@@ -82,7 +82,7 @@ from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from statistics import mean, median
 from typing import NamedTuple
@@ -98,7 +98,7 @@ from data import group_by_length, has_line_break, line_ends, list_pairs, load_to
 from data import make_batch, make_batches, note, open_parallel, read_json, read_languages
 from data import read_lines, read_tensors, reading, render, split_pair, write_json, write_lines
 from data import write_tensors
-from model import FFN, Config, checkpoint_files, load_model, save_model
+from model import FFN, Config, Linear, checkpoint_files, load_model, save_model
 
 
 # --------------------------------------------------------------------------------------------------
@@ -285,6 +285,11 @@ def union(selected):
     return sorted(set().union(*selected.values()))
 
 
+def owned_by(owner, pairs):
+    """[F] -> pair -> the neurons that it owns"""
+    return {pair: (owner == p).nonzero().flatten().tolist() for p, pair in enumerate(pairs)}
+
+
 def describe_groups(awareness, owner, pairs, selected):
     """What neurons.json holds, all that RoutedFFN is made from.
 
@@ -296,13 +301,11 @@ def describe_groups(awareness, owner, pairs, selected):
     scaled = scale_awareness(awareness).double()  # [P, K, F]
     groups = {}
     for k, layer in enumerate(union(selected)):
-        specific, share = {}, {}
+        share = {}
         for p, pair in enumerate(pairs):
-            owned = owner[k] == p  # [F]
-            specific[pair] = owned.nonzero().flatten().tolist()
             if layer in selected.get(pair, []):
-                share[pair] = general_share(scaled[p, k], owner[k] == -1, owned)
-        groups[str(layer)] = {"specific": specific, "share": share}
+                share[pair] = general_share(scaled[p, k], owner[k] == -1, owner[k] == p)
+        groups[str(layer)] = {"specific": owned_by(owner[k], pairs), "share": share}
     return groups
 
 
@@ -311,6 +314,14 @@ def describe_groups(awareness, owner, pairs, selected):
 #
 # Why: general neurons serve every pair, a pair's own serve it alone, and tokens differ in which of
 # the two they need. CAR learns for each token how much to lean on either.
+
+
+def partition(size, specific, tuned):
+    """Which of `size` neurons are whose: {"general": [...], "rest": [...], tuned pair: [...], ...}"""
+    owned = set().union(*specific.values())
+    own = {pair: specific[pair] for pair in tuned}
+    general = [i for i in range(size) if i not in owned]
+    return {"general": general, "rest": sorted(owned.difference(*own.values())), **own}
 
 
 class RoutedFFN(nn.Module):
@@ -327,16 +338,12 @@ class RoutedFFN(nn.Module):
 
     def __init__(self, ffn, specific, share, routing=True):
         super().__init__()
-        owned = set().union(*specific.values())
-        general = [i for i in range(ffn.up.out_features) if i not in owned]
-        rest = sorted(owned.difference(*(specific[pair] for pair in share)))
-        self.general = ffn.part(general, torch.float32)
-        self.rest = ffn.part(rest, ffn.up.weight.dtype)
+        self.places = partition(ffn.up.out_features, specific, share)
+        self.general = ffn.part(self.places["general"], torch.float32)
+        self.rest = ffn.part(self.places["rest"], ffn.up.weight.dtype)
         self.specific = nn.ModuleDict()
         for pair in share:
-            self.specific[pair] = ffn.part(specific[pair], torch.float32)
-        self.places = [(general, self.general), (rest, self.rest)]  # each part's neurons in ffn
-        self.places += [(specific[pair], self.specific[pair]) for pair in share]
+            self.specific[pair] = ffn.part(self.places[pair], torch.float32)
         self.config = ffn.config
         self.output_bias = ffn.down.bias
         self.share = {}
@@ -380,8 +387,8 @@ class RoutedFFN(nn.Module):
         """The parts put together again as one FFN, without routing, in the frozen part's type."""
         with torch.device(self.rest.up.weight.device):
             ffn = FFN(self.config).to(self.rest.up.weight.dtype)
-        for neurons, part in self.places:
-            ffn.put(neurons, part)
+        for name, part in {"general": self.general, "rest": self.rest, **self.specific}.items():
+            ffn.put(self.places[name], part)
         ffn.down.bias = self.output_bias
         return ffn
 
@@ -391,6 +398,8 @@ def install_routing(model, groups, routing=True):
     for layer, group in groups.items():
         block = model.blocks[int(layer)]
         block.ffn = RoutedFFN(block.ffn, group["specific"], group["share"], routing)
+        if "channels" in group:
+            select_channels(block.attention, group["channels"], group["share"])
 
 
 def routed_layers(model):
@@ -411,10 +420,93 @@ def route(model, pair):
 def what_learns(model, pair):
     """name -> Parameter of all that learns from a pair, in the layers that it tunes."""
     learners = {}
-    for layer, ffn in routed_layers(model).items():
-        for name, parameter in ffn.what_learns(pair).items():
-            learners[f"blocks.{layer}.ffn.{name}"] = parameter
+    for place, module in model.named_modules():
+        if isinstance(module, (RoutedFFN, PartlyTrained)):
+            for name, parameter in module.what_learns(pair).items():
+                learners[f"{place}.{name}"] = parameter
     return learners
+
+
+# --------------------------------------------------------------------------------------------------
+# Attention, too (--units all)
+#
+# Why: attention is a sum over channels as an FFN is over neurons. query . key is a sum over a head's
+# channels, and the output projection adds up one mixed value of each. So channels are scored, grouped
+# and trained as neurons are. Nothing routes between them.
+
+
+def channel_places(config):
+    """Channel c is number c % d of key and value head c // d, and of the query heads that read it.
+
+    -> its rows of query_key_value [C, H / H_kv + 2], its columns of output [C, H / H_kv]; C = H_kv * d
+    """
+    H, H_kv, d = config.heads, config.kv_heads, config.head_size
+    if config.query_key_value == "interleaved":
+        query, key, value = torch.arange(3 * H * d).view(H, 3, d).unbind(1)
+    else:
+        query, key, value = torch.arange((H + 2 * H_kv) * d).view(-1, d).split([H, H_kv, H_kv])
+    columns = torch.arange(H * d).view(H_kv, -1, d).transpose(1, 2).reshape(H_kv * d, -1)
+    queries = query.reshape(-1)[columns]
+    return torch.cat([queries, key.reshape(-1, 1), value.reshape(-1, 1)], 1), columns
+
+
+class PartlyTrained(Linear):
+    """A linear layer of which some rows (dimension 0) or columns (1) learn, as fp32 masters.
+
+    places: "general" and tuned pair -> its rows or columns. The weight itself never changes.
+    """
+
+    def __init__(self, linear, dimension, places):
+        rows, columns = linear.weight.shape
+        super().__init__(columns, rows, bias=linear.bias is not None, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.dimension, self.places = dimension, places
+        self.parts = nn.ModuleDict()
+        for name, index in places.items():
+            self.parts[name] = part = nn.ParameterDict()
+            part["weight"] = linear.weight.detach().index_select(dimension, index).float()
+            if dimension == 0 and linear.bias is not None:
+                part["bias"] = linear.bias.detach()[index].float()
+
+    def what_learns(self, pair):
+        """name -> Parameter of all that learns from a pair: general channels and its own."""
+        if pair not in self.parts:
+            return {}
+        learners = dict(self.parts["general"].named_parameters("parts.general"))
+        return learners | dict(self.parts[pair].named_parameters(f"parts.{pair}"))
+
+    def operands(self, dtype):
+        """Weight and bias as a product in that type takes them, what learns in its places."""
+        weight, bias = super().operands(dtype)
+        for name, part in self.parts.items():
+            index = self.places[name]
+            weight = weight.index_copy(self.dimension, index, part["weight"].to(dtype))
+            if "bias" in part:
+                bias = bias.index_copy(0, index, part["bias"].to(dtype))
+        return weight, bias
+
+    def settle(self):
+        """Write what was learned into the weight."""
+        learned = self.operands(self.weight.dtype)
+        self.parts.clear()
+        for weight, now in zip(self.parameters(), learned):
+            weight.data = now
+
+
+def select_channels(attention, channels, tuned):
+    """Let channels of attention learn. channels: pair -> those that it owns; tuned: pairs"""
+    names = partition(attention.config.kv_heads * attention.config.head_size, channels, tuned)
+    del names["rest"]
+    projections = ("query_key_value", "output")
+    for dimension, (projection, places) in enumerate(
+        zip(projections, channel_places(attention.config))
+    ):
+        linear = getattr(attention, projection)
+        of_parts = {
+            name: places[chosen].flatten().to(linear.weight.device)
+            for name, chosen in names.items()
+        }
+        setattr(attention, projection, PartlyTrained(linear, dimension, of_parts))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -705,6 +797,7 @@ class Settings:
     device: str = option("", "cpu, cuda, cuda:1, ...; none: cuda where there is one")
     dtype: str = option("", "float32 or bfloat16; none: float32 on the cpu, bfloat16 elsewhere")
     language: str = option("", "names for other languages: xx=Name,yy=Other Name")
+    units: str = option("ffn", "what is scored and trained: ffn, or all: attention's channels, too")
     seed: int = option(0, "of shuffling and sampling")
     no_routing: bool = option(False, "train the same neurons without CAR")
     resume: bool = option(False, "go on with an interrupted run")
@@ -723,6 +816,8 @@ class Settings:
             raise InputError("--lr is 0, which trains nothing")
         if self.dtype not in ("", "float32", "bfloat16"):
             raise InputError(f"--dtype is {self.dtype!r}, expected float32 or bfloat16")
+        if self.units not in ("ffn", "all"):
+            raise InputError(f"--units is {self.units!r}, expected ffn or all")
         if self.tuned and bool(self.translate) == bool(self.export):
             raise InputError("--tuned needs --translate or --export, what to do with that run")
         if (self.translate or self.export) and not self.tuned:
@@ -1059,25 +1154,38 @@ def analyse_layers(model, tokenizer, scoring, tuned, settings, path):
     return selected
 
 
-def group_neurons(model, tokenizer, scoring, selected, settings, folder):
-    """awareness.safetensors, with the awareness for each pair, and neurons.json. -> groups"""
-    layers = union(selected)
+def score_units(model, tokenizer, scoring, layers, reader, settings, path):
+    """awareness.safetensors or channels.safetensors: what neuron_awareness says of each pair.
+
+    -> [P, K, what the reader reads]
+    """
 
     def score(pair):
         batches = make_batches(scoring[pair], tokenizer.pad_id, settings.micro_tokens)
         batches = counted(batches, f"scoring {pair}", len(scoring[pair]))
-        return neuron_awareness(model, batches, layers)
+        return neuron_awareness(model, batches, layers, reader)
 
-    path = folder / "awareness.safetensors"
     awareness = grow(path, scoring, score)
+    width = model.blocks[0].get_submodule(reader).in_features
     with reading(path):
         for pair in scoring:
             for layer, scores in zip(layers, awareness[pair], strict=True):
-                what = f"{path}: awareness for {pair} in layer {layer}"
-                check_scores(scores, model.config.ffn_size, what)
-        stacked = torch.stack([awareness[pair] for pair in scoring])  # [P, K, F]
-    owner = categorize(stacked, settings.epsilon)
-    groups = describe_groups(stacked, owner, list(scoring), selected)
+                check_scores(scores, width, f"{path}: awareness for {pair} in layer {layer}")
+        return torch.stack([awareness[pair] for pair in scoring])
+
+
+def group_neurons(model, tokenizer, scoring, selected, settings, folder):
+    """neurons.json, from the scores of all units that --units names. -> groups"""
+    pairs, rest = list(scoring), (model, tokenizer, scoring, union(selected))
+    awareness = score_units(*rest, "ffn.down", settings, folder / "awareness.safetensors")
+    owner = categorize(awareness, settings.epsilon)
+    groups = describe_groups(awareness, owner, pairs, selected)
+    if settings.units == "all":
+        read = score_units(*rest, "attention.output", settings, folder / "channels.safetensors")
+        _, columns = channel_places(model.config)
+        owner = categorize(read[..., columns].mean(-1), settings.epsilon)
+        for k, group in enumerate(groups.values()):
+            group["channels"] = owned_by(owner[k], pairs)
     write(folder / "neurons.json", groups)
     return groups
 
@@ -1247,10 +1355,13 @@ def tune(settings, folder):
     groups = group_neurons(model, tokenizer, inputs.scoring, selected, settings, folder)
     counts = Counter()
     for group in groups.values():
-        counts.update({pair: len(owned) for pair, owned in group["specific"].items()})
+        for units in (group["specific"], group.get("channels", {})):
+            counts.update({pair: len(owned) for pair, owned in units.items()})
     specific = sum(counts.values())
     owned = ", ".join(f"{counts[pair]} of {pair}" for pair in tuned)
-    say(f"   {len(groups) * config.ffn_size - specific} general, {specific} specific: {owned}")
+    channels = config.kv_heads * config.head_size if settings.units == "all" else 0
+    general = len(groups) * (config.ffn_size + channels) - specific
+    say(f"   {general} general, {specific} specific: {owned}")
 
     print(f"\n3. Translating the test text of {len(inputs.test)} pairs, before tuning", flush=True)
     for pair, text in inputs.test.items():
@@ -1295,12 +1406,14 @@ def read_groups(path, config):
     groups = read_json(path)
     with reading(path):
         for layer, group in groups.items():
-            neurons = [i for owned in group["specific"].values() for i in owned]
-            if int(layer) not in range(config.layers) or set(neurons) - set(range(config.ffn_size)):
-                sizes = f"{config.layers} layers of {config.ffn_size} neurons"
-                raise InputError(f"{path}: layer {layer}: does not fit a model of {sizes}")
-            if len(set(neurons)) < len(neurons):
-                raise InputError(f"{path}: layer {layer}: a neuron has two owners")
+            sizes = {"specific": config.ffn_size, "channels": config.kv_heads * config.head_size}
+            for kind in sizes.keys() & group.keys():
+                units = list(chain.from_iterable(group[kind].values()))
+                if int(layer) not in range(config.layers) or {*units} - {*range(sizes[kind])}:
+                    expected = f"{config.layers} layers of {sizes[kind]} units"
+                    raise InputError(f"{path}: layer {layer}: does not fit a model of {expected}")
+                if len(set(units)) < len(units):
+                    raise InputError(f"{path}: layer {layer}: a neuron has two owners")
             for pair, share in group["share"].items():
                 if pair not in group["specific"] or not (share is None or 0 < share < 1):
                     raise InputError(f"{path}: layer {layer}: share of {pair} is {share}")
@@ -1377,6 +1490,9 @@ def export(settings):
             expected = "no place in a published checkpoint; tune with --no-routing to export"
             raise InputError(f"{settings.tuned}: its tokens are routed, which has {expected}")
         model.blocks[layer].ffn = ffn.whole()
+    for module in model.modules():
+        if isinstance(module, PartlyTrained):
+            module.settle()
     save_model(model, folder)
     for pattern in COMPANIONS:
         for path in Path(settings.weights).glob(pattern):
