@@ -162,24 +162,33 @@ def select_layers(differences, k):
 LOGITS_AT_ONCE = 30_000_000  # 0.48 GB: 16 bytes each, in 16 bits, in fp32, and both gradients
 
 
+def in_pieces(model, loss_of, *rows):
+    """The sum of loss_of over rows, N in each, so many at a time that their logits fit into memory."""
+    size = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+    if len(rows[0]) <= size:
+        return loss_of(*rows)
+    # Checkpointed: the backward pass makes a piece's logits again instead of keeping all.
+    pieces = zip(*(some.split(size) for some in rows))
+    return sum(checkpoint(loss_of, *piece, use_reentrant=False) for piece in pieces)
+
+
+def target_states(model, batch):
+    """What the head reads where it predicts target tokens, and those tokens. -> [N, D], [N]"""
+    ids, mask, targets = to_device(batch, model)
+    wanted = targets != -100
+    return model.hidden_states(ids, mask)[wanted], targets[wanted]
+
+
 def target_loss(model, batch):
     """The sum of the target tokens' negative log-likelihoods, fp32.
 
     Logits exist at target positions only, and not for all of them at once: V is 250,880 in BLOOM.
     """
-    ids, mask, targets = to_device(batch, model)
-    wanted = targets != -100
-    hidden, targets = model.hidden_states(ids, mask)[wanted], targets[wanted]  # [N, D], [N]
 
     def loss_of(hidden, targets):
         return functional.cross_entropy(model.logits(hidden).float(), targets, reduction="sum")
 
-    size = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
-    if len(targets) <= size:
-        return loss_of(hidden, targets)
-    # Checkpointed: the backward pass makes a piece's logits again instead of keeping all.
-    pieces = zip(hidden.split(size), targets.split(size))
-    return sum(checkpoint(loss_of, *piece, use_reentrant=False) for piece in pieces)
+    return in_pieces(model, loss_of, *target_states(model, batch))
 
 
 @contextmanager
@@ -519,17 +528,18 @@ def select_channels(attention, channels, tuned):
 WEIGHT_DECAY = 0.01
 WARM_UP = 0.05  # of all steps
 CLIP_NORM = 1.0
+KEPT_OF_PAIR, KEPT_OF_STEP = 200, 20  # sentences of other pairs, with --keep
 
 
 def count_targets(batches):
     return sum(int((batch.targets != -100).sum()) for batch in batches)
 
 
-def train_step(model, batches, optimizer, learners):
+def train_step(model, batches, optimizer, learners, keep=None):
     """One update of `learners`, and of nothing else, from the micro-batches of one pair.
 
     The loss is the sum over all their target tokens, those of other processes too, divided by their
-    number, not a mean of means. learners: the parameters that learn.
+    number, not a mean of means. learners: the parameters that learn; keep: adds more gradients.
     -> loss of a target token, norm of the gradient
     """
     model.requires_grad_(False)
@@ -541,6 +551,8 @@ def train_step(model, batches, optimizer, learners):
         loss.backward()
         total += loss.item()
     total = add_up(total)
+    if keep:
+        keep()
     if tokens:  # else no process had a sentence: there is nothing to add, nor a step
         add_gradients(learners)
     norm = nn.utils.clip_grad_norm_(learners, CLIP_NORM).item()
@@ -574,21 +586,67 @@ def schedule(sizes, batch, seed):
                     yield pair, numbers[start : start + batch]
 
 
-def training_steps(model, learners, steps, total, optimizer, peak, start=0):
+def training_steps(model, learners, steps, total, optimizer, peak, start=0, keep=None):
     """Train on `steps`, from step `start` of `total` on. To build on this, copy it and train_step.
 
     steps: yields (pair, micro-batches, how many examples were left out). learners: pair -> {name:
     Parameter}; what learns from a pair is the caller's to say: some neurons, some matrices,
-    everything. A step without any example changes nothing.
+    everything. A step without any example changes nothing. keep: see Keeper.
     Yields what log.jsonl says of a step, after each.
     """
     for step, (pair, batches, skipped) in enumerate(steps, start):
         rate = learning_rate(step, total, peak)
         optimizer.param_groups[0]["lr"] = rate
         route(model, pair)
-        loss, norm = train_step(model, batches, optimizer, learners[pair].values())
+        adds = keep and partial(keep, step)
+        loss, norm = train_step(model, batches, optimizer, learners[pair].values(), adds)
         entry = {"step": step + 1, "pair": pair, "loss": loss, "gradient_norm": norm}
+        entry |= {"kept": keep.drift} if keep else {}
         yield entry | {"learning_rate": rate, "skipped": add_up(skipped)}
+
+
+class Keeper:
+    """Holds the model to what it said before training, on text of other pairs (--keep).
+
+    Its own greedy translations are the targets: no references, no second model. A step adds the
+    gradient of weight * KL(p_start || p) of a target token, for KEPT_OF_STEP of the examples.
+    parameters: {name: Parameter} of all that learns, as they are before training
+    """
+
+    def __init__(self, model, examples, parameters, weight, pad_id, tokens_per_batch):
+        self.model, self.examples, self.weight = model, examples, weight
+        self.parameters = list(parameters.values())
+        self.start = [parameter.detach().clone() for parameter in self.parameters]
+        self.batches = partial(make_batches, pad_id=pad_id, tokens_per_batch=tokens_per_batch)
+
+    @torch.no_grad()
+    def states_at_start(self, batch):
+        now = [parameter.data for parameter in self.parameters]
+        for parameter, value in zip(self.parameters, self.start):
+            parameter.data = value
+        states, _ = target_states(self.model, batch)
+        for parameter, value in zip(self.parameters, now):
+            parameter.data = value
+        return states
+
+    def __call__(self, step):
+        """Add the gradients of a step. The KL itself is in .drift then."""
+        chosen = random.Random(step).sample(self.examples, min(KEPT_OF_STEP, len(self.examples)))
+        batches = list(self.batches(list(of_this_process(chosen))))
+        tokens, drift = add_up(count_targets(batches)), 0.0
+        route(self.model, None)
+
+        def kl(hidden, before):
+            logs = [self.model.logits(rows).float().log_softmax(-1) for rows in (hidden, before)]
+            return functional.kl_div(*logs, log_target=True, reduction="sum")
+
+        for batch in batches:
+            before = self.states_at_start(batch)
+            hidden, _ = target_states(self.model, batch)
+            loss = in_pieces(self.model, kl, hidden, before) / tokens
+            (self.weight * loss).backward()
+            drift += loss.item()
+        self.drift = add_up(drift)
 
 
 @torch.no_grad()
@@ -799,6 +857,7 @@ class Settings:
     language: str = option("", "names for other languages: xx=Name,yy=Other Name")
     units: str = option("ffn", "what is scored and trained: ffn, or all: attention's channels, too")
     seed: int = option(0, "of shuffling and sampling")
+    keep: float = option(0.0, "hold other pairs to what the model said: weight of the KL; 0: off")
     no_routing: bool = option(False, "train the same neurons without CAR")
     resume: bool = option(False, "go on with an interrupted run")
     translate: str = option("", "translate the lines of a file, or of - (standard input)")
@@ -1064,6 +1123,7 @@ class Inputs(NamedTuple):
     train: dict  # tuned pair -> [(source, target), ...]
     valid: dict  # tuned pair -> rendered examples, where there is such text
     scoring: dict  # tuned and other pairs -> rendered examples for the scores
+    others: dict  # pair that is not tuned -> [(source, target), ...], of the training text
     test: dict  # evaluated pair -> [(source, target), ...]
     paths: dict  # name in args.json -> path
     max_tokens: int  # longer examples are skipped
@@ -1079,7 +1139,7 @@ def read_inputs(tokenizer, tuned, settings):
 
     A script may take ten tokens where English takes one: limits grow with what a pair takes.
     """
-    paths, train, valid, scoring, test = {}, {}, {}, {}, {}
+    paths, train, valid, scoring, others, test = {}, {}, {}, {}, {}, {}
 
     def read(split, pair):
         text = open_parallel(settings.data, split, pair)
@@ -1097,7 +1157,10 @@ def read_inputs(tokenizer, tuned, settings):
     for pair in tuned + [pair for pair in compared if pair not in tuned]:
         text = train[pair] if pair in tuned else read("train", pair)
         size = min(settings.score_sentences, len(text))
-        scoring[pair] = rendered(pair, random.Random(settings.seed).sample(text, size))
+        chosen = random.Random(settings.seed).sample(text, size)
+        scoring[pair] = rendered(pair, chosen)
+        if pair not in tuned:
+            others[pair] = chosen[:KEPT_OF_PAIR]
     if len(scoring) < 2:
         raise InputError(f"{settings.data}: training text of one pair only; {NEEDS_TWO_PAIRS}")
     with_valid = list_pairs(settings.data, "valid")
@@ -1122,7 +1185,7 @@ def read_inputs(tokenizer, tuned, settings):
     for pair in choose_pairs(settings.eval_pairs or settings.pair, settings.data, "test"):
         make_metrics(pair)  # which may lack its tokenizer
         test[pair] = read("test", pair)[: settings.eval_sentences or None]
-    return Inputs(train, valid, scoring, test, paths, max_tokens, new_tokens)
+    return Inputs(train, valid, scoring, others, test, paths, max_tokens, new_tokens)
 
 
 def check_scores(scores, size, what):
@@ -1209,7 +1272,24 @@ def step_batches(tokenizer, text, settings, start):
         yield pair, list(batches), len(examples) - len(kept)
 
 
-def train(model, tokenizer, learners, text, valid, settings, folder, weight_decay=WEIGHT_DECAY):
+def kept_examples(model, tokenizer, others, settings, new_tokens, path):
+    """kept.json: what the model says of other pairs' sources before training. -> rendered examples"""
+    greedy, examples = replace(settings, beams=1), []
+    said = grow(
+        path,
+        others,
+        lambda pair: evaluate(model, tokenizer, pair, others[pair], greedy, new_tokens[pair])[0],
+    )
+    with reading(path):
+        for pair, text in others.items():
+            for (source, _), line in zip(text, said[pair], strict=True):
+                examples.append(render(tokenizer, pair, source, line))
+    return short_enough(examples, settings.max_tokens)
+
+
+def train(
+    model, tokenizer, learners, text, valid, settings, folder, weight_decay=WEIGHT_DECAY, kept=()
+):
     """Train from the last saved state, if there is one, to tuned.safetensors; log.jsonl says how.
 
     learners: pair -> {name: Parameter}, as what_learns; text: pair -> [(source, target), ...];
@@ -1218,6 +1298,8 @@ def train(model, tokenizer, learners, text, valid, settings, folder, weight_deca
     log_path, state_path = folder / "log.jsonl", folder / "state.safetensors"
     parameters, total = merged(learners), count_steps(text, settings)
     optimizer = torch.optim.AdamW(parameters.values(), weight_decay=weight_decay, fused=True)
+    rest = kept, parameters, settings.keep, tokenizer.pad_id, settings.micro_tokens
+    keep = Keeper(model, *rest) if kept else None
 
     def validate(step):
         losses = {}
@@ -1241,7 +1323,7 @@ def train(model, tokenizer, learners, text, valid, settings, folder, weight_deca
     saved, wait = time.monotonic(), SAVE_EVERY
     model.checkpointing = settings.checkpointing
     batches = step_batches(tokenizer, text, settings, start)
-    steps = training_steps(model, learners, batches, total, optimizer, settings.lr, start)
+    steps = training_steps(model, learners, batches, total, optimizer, settings.lr, start, keep)
     with open(os.devnull if process_number() else log_path, "a", encoding="utf-8") as log:
         for entry in steps:
             step, loss, norm = entry["step"], entry["loss"], entry["gradient_norm"]
@@ -1268,10 +1350,13 @@ def show_training(log_path, max_tokens):
     entries = [json.loads(line) for line in read_lines(log_path)]
     with reading(log_path):
         skipped = sum(entry["skipped"] for entry in entries[1:-1])
+        drifts = [entry["kept"] for entry in entries[1:-1][-10:] if "kept" in entry]
         before, after = entries[0]["valid_loss"], entries[-1]["valid_loss"]
         changes = [f"{pair} {before[pair]:.3f} to {after[pair]:.3f}" for pair in before]
     if changes:
         say(f"   loss of a validation token: {', '.join(changes)}")
+    if drifts:
+        say(f"   kept: KL to the start on other pairs' sources, {mean(drifts):.4f} nats a token")
     if skipped:
         note(f"training: skipped {skipped} examples, over --max-tokens {max_tokens}")
 
@@ -1371,6 +1456,10 @@ def tune(settings, folder):
     evaluated = model, tokenizer, inputs.test, inputs.new_tokens
     evaluate_all(*evaluated, "before", settings, folder)
 
+    kept = ()
+    if settings.keep:
+        rest = inputs.others, settings, inputs.new_tokens, folder / "kept.json"
+        kept = kept_examples(model, tokenizer, *rest)
     install_routing(model, groups, not settings.no_routing)
     learners = {pair: what_learns(model, pair) for pair in tuned}
     trained = sum(p.numel() for p in merged(learners).values())
@@ -1382,7 +1471,7 @@ def tune(settings, folder):
     if tuned_path.exists():
         load_parameters(tuned_path, read_tensors(tuned_path), merged(learners))
     else:
-        train(model, tokenizer, learners, inputs.train, inputs.valid, settings, folder)
+        train(model, tokenizer, learners, inputs.train, inputs.valid, settings, folder, kept=kept)
     (folder / "state.safetensors").unlink(missing_ok=True)
     show_training(folder / "log.jsonl", settings.max_tokens)
 
