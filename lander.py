@@ -551,9 +551,9 @@ def train_step(model, batches, optimizer, learners, keep=None):
         loss.backward()
         total += loss.item()
     total = add_up(total)
-    if keep:
-        keep()
     if tokens:  # else no process had a sentence: there is nothing to add, nor a step
+        if keep:
+            keep()
         add_gradients(learners)
     norm = nn.utils.clip_grad_norm_(learners, CLIP_NORM).item()
     if math.isfinite(total) and math.isfinite(norm):
@@ -586,67 +586,68 @@ def schedule(sizes, batch, seed):
                     yield pair, numbers[start : start + batch]
 
 
-def training_steps(model, learners, steps, total, optimizer, peak, start=0, keep=None):
+def training_steps(model, learners, steps, total, optimizer, peak, start=0, keeper=None):
     """Train on `steps`, from step `start` of `total` on. To build on this, copy it and train_step.
 
     steps: yields (pair, micro-batches, how many examples were left out). learners: pair -> {name:
     Parameter}; what learns from a pair is the caller's to say: some neurons, some matrices,
-    everything. A step without any example changes nothing. keep: see Keeper.
+    everything. A step without any example changes nothing.
     Yields what log.jsonl says of a step, after each.
     """
     for step, (pair, batches, skipped) in enumerate(steps, start):
         rate = learning_rate(step, total, peak)
         optimizer.param_groups[0]["lr"] = rate
         route(model, pair)
-        adds = keep and partial(keep, step)
-        loss, norm = train_step(model, batches, optimizer, learners[pair].values(), adds)
+        keep = keeper and partial(keeper.add_gradients, step)
+        loss, norm = train_step(model, batches, optimizer, learners[pair].values(), keep)
         entry = {"step": step + 1, "pair": pair, "loss": loss, "gradient_norm": norm}
-        entry |= {"kept": keep.drift} if keep else {}
+        entry |= {"kept": keeper.drift} if keeper else {}
         yield entry | {"learning_rate": rate, "skipped": add_up(skipped)}
 
 
 class Keeper:
-    """Holds the model to what it said before training, on text of other pairs (--keep).
+    """Holds the model to what it said of other pairs' sources before training (--keep).
 
     Its own greedy translations are the targets: no references, no second model. A step adds the
-    gradient of weight * KL(p_start || p) of a target token, for KEPT_OF_STEP of the examples.
-    parameters: {name: Parameter} of all that learns, as they are before training
+    gradient of weight * KL(p_start || p) of a target token, over KEPT_OF_STEP of the examples. Made
+    before training: p_start comes from what the head read then.
     """
 
-    def __init__(self, model, examples, parameters, weight, pad_id, tokens_per_batch):
-        self.model, self.examples, self.weight = model, examples, weight
-        self.parameters = list(parameters.values())
-        self.start = [parameter.detach().clone() for parameter in self.parameters]
-        self.batches = partial(make_batches, pad_id=pad_id, tokens_per_batch=tokens_per_batch)
-
     @torch.no_grad()
-    def states_at_start(self, batch):
-        now = [parameter.data for parameter in self.parameters]
-        for parameter, value in zip(self.parameters, self.start):
-            parameter.data = value
-        states, _ = target_states(self.model, batch)
-        for parameter, value in zip(self.parameters, now):
-            parameter.data = value
-        return states
+    def __init__(self, model, examples, weight, pad_id, micro_tokens):
+        self.model, self.examples, self.weight = model, examples, weight
+        self.pad_id, self.micro_tokens = pad_id, micro_tokens
+        self.at_start = {}  # number of an example -> [N, D]
+        for numbers, batch in self.batches(range(len(examples))):
+            hidden, _ = target_states(model, batch)
+            lengths = [len(examples[i][1]) for i in numbers]
+            self.at_start |= zip(numbers, hidden.cpu().split(lengths))
 
-    def __call__(self, step):
-        """Add the gradients of a step. The KL itself is in .drift then."""
-        chosen = random.Random(step).sample(self.examples, min(KEPT_OF_STEP, len(self.examples)))
-        batches = list(self.batches(list(of_this_process(chosen))))
-        tokens, drift = add_up(count_targets(batches)), 0.0
+    def batches(self, numbers):
+        lengths = [len(self.examples[i][0]) + len(self.examples[i][1]) for i in numbers]
+        for group in group_by_length(lengths, self.micro_tokens):
+            chosen = [numbers[i] for i in group]
+            yield chosen, make_batch([self.examples[i] for i in chosen], self.pad_id)
+
+    def add_gradients(self, step):
+        """Add those of a step to what learns; .drift is the KL of a target token then."""
+        everything, size = range(len(self.examples)), min(KEPT_OF_STEP, len(self.examples))
+        chosen = list(of_this_process(random.Random(step).sample(everything, size)))
+        batches, total = list(self.batches(chosen)), 0.0
+        tokens = add_up(count_targets([batch for _, batch in batches]))
         route(self.model, None)
 
-        def kl(hidden, before):
-            logs = [self.model.logits(rows).float().log_softmax(-1) for rows in (hidden, before)]
-            return functional.kl_div(*logs, log_target=True, reduction="sum")
+        def divergence(now, before):
+            now, before = (self.model.logits(x).float().log_softmax(-1) for x in (now, before))
+            return functional.kl_div(now, before, log_target=True, reduction="sum")
 
-        for batch in batches:
-            before = self.states_at_start(batch)
+        for numbers, batch in batches:
             hidden, _ = target_states(self.model, batch)
-            loss = in_pieces(self.model, kl, hidden, before) / tokens
+            before = torch.cat([self.at_start[i] for i in numbers]).to(hidden.device)
+            loss = in_pieces(self.model, divergence, hidden, before) / tokens
             (self.weight * loss).backward()
-            drift += loss.item()
-        self.drift = add_up(drift)
+            total += loss.item()
+        self.drift = add_up(total)
 
 
 @torch.no_grad()
@@ -1298,8 +1299,8 @@ def train(
     log_path, state_path = folder / "log.jsonl", folder / "state.safetensors"
     parameters, total = merged(learners), count_steps(text, settings)
     optimizer = torch.optim.AdamW(parameters.values(), weight_decay=weight_decay, fused=True)
-    rest = kept, parameters, settings.keep, tokenizer.pad_id, settings.micro_tokens
-    keep = Keeper(model, *rest) if kept else None
+    rest = settings.keep, tokenizer.pad_id, settings.micro_tokens
+    keeper = Keeper(model, kept, *rest) if kept else None
 
     def validate(step):
         losses = {}
@@ -1323,7 +1324,7 @@ def train(
     saved, wait = time.monotonic(), SAVE_EVERY
     model.checkpointing = settings.checkpointing
     batches = step_batches(tokenizer, text, settings, start)
-    steps = training_steps(model, learners, batches, total, optimizer, settings.lr, start, keep)
+    steps = training_steps(model, learners, batches, total, optimizer, settings.lr, start, keeper)
     with open(os.devnull if process_number() else log_path, "a", encoding="utf-8") as log:
         for entry in steps:
             step, loss, norm = entry["step"], entry["loss"], entry["gradient_norm"]
