@@ -528,7 +528,7 @@ def select_channels(attention, channels, tuned):
 WEIGHT_DECAY = 0.01
 WARM_UP = 0.05  # of all steps
 CLIP_NORM = 1.0
-KEPT_OF_PAIR, KEPT_OF_STEP = 200, 20  # sentences of other pairs, with --keep
+KEPT_SENTENCES = 200  # of each other pair, with --keep
 
 
 def count_targets(batches):
@@ -608,46 +608,31 @@ def training_steps(model, learners, steps, total, optimizer, peak, start=0, keep
 class Keeper:
     """Holds the model to what it said of other pairs' sources before training (--keep).
 
-    Its own greedy translations are the targets: no references, no second model. A step adds the
-    gradient of weight * KL(p_start || p) of a target token, over KEPT_OF_STEP of the examples. Made
-    before training: p_start comes from what the head read then.
+    examples: those sources with the model's own greedy translations: no references, no second model.
+    A step adds the gradient of weight * KL(p_start || p) of a target token, on one batch of them.
+    Made before training: the head is frozen, so p_start is known from what it read then.
     """
 
     @torch.no_grad()
     def __init__(self, model, examples, weight, pad_id, micro_tokens):
-        self.model, self.examples, self.weight = model, examples, weight
-        self.pad_id, self.micro_tokens = pad_id, micro_tokens
-        self.at_start = {}  # number of an example -> [N, D]
-        for numbers, batch in self.batches(range(len(examples))):
-            hidden, _ = target_states(model, batch)
-            lengths = [len(examples[i][1]) for i in numbers]
-            self.at_start |= zip(numbers, hidden.cpu().split(lengths))
-
-    def batches(self, numbers):
-        lengths = [len(self.examples[i][0]) + len(self.examples[i][1]) for i in numbers]
-        for group in group_by_length(lengths, self.micro_tokens):
-            chosen = [numbers[i] for i in group]
-            yield chosen, make_batch([self.examples[i] for i in chosen], self.pad_id)
+        self.model, self.weight = model, weight
+        self.batches = list(make_batches(examples, pad_id, micro_tokens, seed=0))
+        self.at_start = [target_states(model, batch)[0].cpu() for batch in self.batches]  # [N, D]
 
     def add_gradients(self, step):
         """Add those of a step to what learns; .drift is the KL of a target token then."""
-        everything, size = range(len(self.examples)), min(KEPT_OF_STEP, len(self.examples))
-        chosen = list(of_this_process(random.Random(step).sample(everything, size)))
-        batches, total = list(self.batches(chosen)), 0.0
-        tokens = add_up(count_targets([batch for _, batch in batches]))
+        number = step % len(self.batches)
         route(self.model, None)
+        hidden, _ = target_states(self.model, self.batches[number])
 
-        def divergence(now, before):
-            now, before = (self.model.logits(x).float().log_softmax(-1) for x in (now, before))
+        def divergence(*states):
+            now, before = (self.model.logits(x).float().log_softmax(-1) for x in states)
             return functional.kl_div(now, before, log_target=True, reduction="sum")
 
-        for numbers, batch in batches:
-            hidden, _ = target_states(self.model, batch)
-            before = torch.cat([self.at_start[i] for i in numbers]).to(hidden.device)
-            loss = in_pieces(self.model, divergence, hidden, before) / tokens
-            (self.weight * loss).backward()
-            total += loss.item()
-        self.drift = add_up(total)
+        before = self.at_start[number].to(hidden.device)
+        loss = in_pieces(self.model, divergence, hidden, before) / len(hidden)
+        (self.weight / process_count() * loss).backward()  # every process adds the same
+        self.drift = loss.item()
 
 
 @torch.no_grad()
@@ -1161,7 +1146,7 @@ def read_inputs(tokenizer, tuned, settings):
         chosen = random.Random(settings.seed).sample(text, size)
         scoring[pair] = rendered(pair, chosen)
         if pair not in tuned:
-            others[pair] = chosen[:KEPT_OF_PAIR]
+            others[pair] = chosen[:KEPT_SENTENCES]
     if len(scoring) < 2:
         raise InputError(f"{settings.data}: training text of one pair only; {NEEDS_TWO_PAIRS}")
     with_valid = list_pairs(settings.data, "valid")
@@ -1275,12 +1260,12 @@ def step_batches(tokenizer, text, settings, start):
 
 def kept_examples(model, tokenizer, others, settings, new_tokens, path):
     """kept.json: what the model says of other pairs' sources before training. -> rendered examples"""
-    greedy, examples = replace(settings, beams=1), []
-    said = grow(
-        path,
-        others,
-        lambda pair: evaluate(model, tokenizer, pair, others[pair], greedy, new_tokens[pair])[0],
-    )
+
+    def make(pair):
+        greedy = replace(settings, beams=1)
+        return evaluate(model, tokenizer, pair, others[pair], greedy, new_tokens[pair])[0]
+
+    said, examples = grow(path, others, make), []
     with reading(path):
         for pair, text in others.items():
             for (source, _), line in zip(text, said[pair], strict=True):
