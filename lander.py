@@ -472,6 +472,7 @@ class PartlyTrained(Linear):
         self.dimension, self.places = dimension, places
         self.parts = nn.ModuleDict()
         for name, index in places.items():
+            index = places[name] = index.to(linear.weight.device)
             self.parts[name] = part = nn.ParameterDict()
             part["weight"] = linear.weight.detach().index_select(dimension, index).float()
             if dimension == 0 and linear.bias is not None:
@@ -504,18 +505,16 @@ class PartlyTrained(Linear):
 
 def select_channels(attention, channels, tuned):
     """Let channels of attention learn. channels: pair -> those that it owns; tuned: pairs"""
-    names = partition(attention.config.kv_heads * attention.config.head_size, channels, tuned)
-    del names["rest"]
-    projections = ("query_key_value", "output")
-    for dimension, (projection, places) in enumerate(
-        zip(projections, channel_places(attention.config))
-    ):
-        linear = getattr(attention, projection)
-        of_parts = {
-            name: places[chosen].flatten().to(linear.weight.device)
-            for name, chosen in names.items()
-        }
-        setattr(attention, projection, PartlyTrained(linear, dimension, of_parts))
+    rows, columns = channel_places(attention.config)
+    parts = partition(len(rows), channels, tuned)
+    del parts["rest"]
+
+    def select(linear, dimension, places):
+        indices = {name: places[chosen].flatten() for name, chosen in parts.items()}
+        return PartlyTrained(linear, dimension, indices)
+
+    attention.query_key_value = select(attention.query_key_value, 0, rows)
+    attention.output = select(attention.output, 1, columns)
 
 
 # --------------------------------------------------------------------------------------------------
