@@ -534,9 +534,25 @@ def test_any_parameters_can_be_trained():
     pairs = ["en-de", "fr-en"] * 2
     steps = [(pair, batched(random_examples(3, seed=s)), 0) for s, pair in enumerate(pairs)]
     learners = dict.fromkeys(pairs, chosen)
-    entries = lander.training_steps(decoder, learners, steps, 4, optimizer, 1e-2)
+    entries = list(lander.training_steps(decoder, learners, steps, 4, optimizer, 1e-2))
     assert [(entry["step"], entry["pair"]) for entry in entries] == list(enumerate(pairs, 1))
+    rates = [lander.learning_rate(step, 4, 1e-2) for step in range(4)]
+    assert [entry["learning_rate"] for entry in entries] == rates
+    assert optimizer.param_groups[0]["lr"] == rates[-1]
     assert moved_since(before, decoder) == set(chosen) and len(chosen) == 4
+
+
+def test_validation_loss_is_the_mean_of_all_target_tokens():
+    """A mean of batches' means; the text of one pair routed as another's."""
+    decoder, losses = randomize(routed_decoder(), std=0.5), []
+    (whole,), in_parts = batched(random_examples(12)), batched(random_examples(12), 40)
+    for pair, before in (("en-de", "fr-en"), ("fr-en", "en-de")):
+        lander.route(decoder, pair)
+        expected = lander.target_loss(decoder, whole).item() / lander.count_targets([whole])
+        lander.route(decoder, before)
+        losses.append(lander.validation_loss(decoder, pair, in_parts))
+        assert losses[-1] == pytest.approx(expected, rel=1e-5)
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
 
 
 def gradients_of_a_step(tokens, checkpointing=False):
@@ -731,7 +747,7 @@ def finished(world, tmp_path_factory):
         path.write_text("\n".join(lines))
     words = f"""--weights weights --data {folder}/data --out {folder}/run --steps 13 --seed 3
         --score-pairs all --eval-pairs all --eval-sentences 0 --beams 2 --micro-tokens 300
-        --checkpointing --epsilon 0.5 --device cpu --dtype bfloat16"""
+        --checkpointing --max-tokens 0 --epsilon 0.5 --device cpu --dtype bfloat16"""
     umask = os.umask(0o027)
     with contextlib.chdir(world), open(folder / "output", "w", encoding="utf-8") as output:
         with contextlib.redirect_stdout(output), noted("Progress") as progress:
@@ -762,6 +778,7 @@ def test_what_a_run_shows_and_leaves(finished):
     log = log_of(finished)
     assert [entry["step"] for entry in log] == [*range(14), 13]
     assert [entry["pair"] for entry in log[1:-1]] == [*pairs, pairs[0]]
+    assert all(entry["loss"] > 0 for entry in log[1:-1]), "of no limit all examples are left out"
     assert set(log[0]["valid_loss"]) == set(pairs)
     args = json.loads((finished / "args.json").read_text())
     assert (args["beams"], args["device"], args["dtype"]) == (2, "cpu", "bfloat16")
@@ -1225,6 +1242,11 @@ def test_translations_do_not_depend_on_their_neighbours(beams, monkeypatch, caps
         monkeypatch.setattr(lander, limit, 3)
         assert translations(decoder, sources, beams=beams) == (expected, cut)
         assert "line 7" in capsys.readouterr().err
+    text = [(source, "x") for source in sources]
+    hypotheses, scores = lander.evaluate(
+        decoder, Bytes, "en-de", text, lander.Settings(beams=beams)
+    )
+    assert hypotheses == expected and scores["cut"] == cut
     alone = [translations(decoder, [source], beams=beams) for source in sources]
     assert [lines[0] for lines, _ in alone] == expected and sum(cut for _, cut in alone) == cut
 
