@@ -1242,10 +1242,8 @@ def test_translations_do_not_depend_on_their_neighbours(beams, monkeypatch, caps
         monkeypatch.setattr(lander, limit, 3)
         assert translations(decoder, sources, beams=beams) == (expected, cut)
         assert "line 7" in capsys.readouterr().err
-    text = [(source, "x") for source in sources]
-    hypotheses, scores = lander.evaluate(
-        decoder, Bytes, "en-de", text, lander.Settings(beams=beams)
-    )
+    text, settings = [(source, "x") for source in sources], lander.Settings(beams=beams)
+    hypotheses, scores = lander.evaluate(decoder, Bytes, "en-de", text, settings)
     assert hypotheses == expected and scores["cut"] == cut
     alone = [translations(decoder, [source], beams=beams) for source in sources]
     assert [lines[0] for lines, _ in alone] == expected and sum(cut for _, cut in alone) == cut
