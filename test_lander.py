@@ -1852,16 +1852,12 @@ def test_baichuan_13b_equals_llama_with_alibi(tmp_path):
 
 def test_baichuan_variants_are_told_apart(capsys):
     """v1 read as v2, or 13B as 7B: no tensor's shape would tell. What no key says is guessed aloud."""
-    length, v1, v2 = (
-        {"max_position_embeddings": 4096},
-        {"vocab_size": 64000},
-        {"vocab_size": 125696},
-    )
+    v1, v2, length = {"vocab_size": 64000}, {"vocab_size": 125696}, "max_position_embeddings"
     said = {"positions": "rotary", "normalize_head": False}
     for changes, positions, head, version in [
-        (v1 | length, "rotary", "plain", 1),
+        (v1 | {length: 4096}, "rotary", "plain", 1),
         (v1 | {"model_max_length": 4096}, "alibi", "plain", 1),
-        (v2 | length | {"model_max_length": 9}, "rotary", "normalized", 2),
+        (v2 | {length: 4096, "model_max_length": 9}, "rotary", "normalized", 2),
         (v2 | {"model_max_length": 4096}, "alibi", "normalized", 2),
         (v2 | said, "rotary", "plain", None),
         ({"z_loss_weight": 0}, "alibi", "normalized", None),
@@ -2660,59 +2656,39 @@ def test_prompt_and_target_are_what_the_joined_text_gives(tokenizer_folders, fam
 
 
 named = lambda **tokens: {f"{kind}_token": token for kind, token in tokens.items()}
-numbered = lambda **ids: {f"{kind}_token_id": id for kind, id in ids.items()}
+ids = lambda **ids: {f"{kind}_token_id": id for kind, id in ids.items()}
 TOKENS, NAMES = "tokenizer_config", "special_tokens_map"
 CONFIG, GENERATION = "config", "generation_config"
 UNK = {"content": "<unk>", "lstrip": False}
 ADDED = {"added_tokens_decoder": {"421": {"content": "<|e|>"}}}
 LLAMA, BAICHUANS = ({"tokenizer_class": f"{name}Tokenizer"} for name in ("Llama", "Baichuan"))
 NO_BOS, BOS = {"add_bos_token": False}, {"add_bos_token": True}
+FAST = {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": None}
 # Family, files; ids (or tokens) that begin a text, end it, pad it, and stand before a prompt.
 SPECIAL = [
     ("bloom", {}, 1, [2], 3, []),
     ("bloom", {TOKENS: BOS | named(bos="<pad>", eos=UNK)}, 3, [0, 2], 3, []),
-    (
-        "bloom",
-        {TOKENS: named(bos=None, eos="<s>", pad="a"), NAMES: named(eos=UNK)},
-        1,
-        [0, 1, 2],
-        "a",
-        [],
-    ),
+    ("bloom", {TOKENS: named(eos="<s>", pad="a"), NAMES: named(eos=UNK)}, 1, [0, 1, 2], "a", []),
     ("bloom", {NAMES: named(bos=UNK, pad="</s>")}, 0, [2], 2, []),
-    ("bloom", {CONFIG: numbered(eos=0), NAMES: named(eos="<s>")}, 1, [1, 0, 2], 3, []),
-    (
-        "bloom",
-        {CONFIG: numbered(bos=3, eos=[0, 2]), GENERATION: numbered(eos=[3])},
-        3,
-        [0, 2, 3],
-        3,
-        [],
-    ),
-    ("bloom", {CONFIG: numbered(eos=[], pad=1)}, 1, [2], 1, []),
+    ("bloom", {CONFIG: ids(eos=0), NAMES: named(eos="<s>")}, 1, [1, 0, 2], 3, []),
+    ("bloom", {CONFIG: ids(bos=3, eos=[0, 2]), GENERATION: ids(eos=[3])}, 3, [0, 2, 3], 3, []),
+    ("bloom", {CONFIG: ids(eos=[], pad=1), TOKENS: named(bos=None)}, 1, [2], 1, []),
     ("bloom", {TOKENS: named(eos="!") | ADDED, NAMES: named(eos=UNK)}, 1, ["!", 0, 2], 3, []),
     ("baichuan", {TOKENS: BAICHUANS}, 1, [2], 0, []),
     ("baichuan", {TOKENS: BAICHUANS | NO_BOS}, 1, [2], 0, []),
-    ("llama", {CONFIG: numbered(eos=7, pad=-1)}, 1, [7, 2], 0, []),
+    ("llama", {CONFIG: ids(eos=7, pad=-1)}, 1, [7, 2], 0, []),
     ("llama", {TOKENS: LLAMA | named(eos=UNK, pad="</s>")}, 1, [0, 2], 2, [1]),
-    (
-        "llama",
-        {TOKENS: {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": None}},
-        1,
-        [2],
-        0,
-        [1],
-    ),
+    ("llama", {TOKENS: FAST}, 1, [2], 0, [1]),
     ("llama", {TOKENS: LLAMA | NO_BOS}, 1, [2], 0, []),
-    ("llama", {TOKENS: BOS, NAMES: named(pad="[PAD]"), CONFIG: numbered(pad=9)}, 1, [2], 9, [1]),
-    ("llama", {GENERATION: numbered(eos=[2, 7]), CONFIG: numbered(eos=5)}, 1, [5, 2, 7], 0, []),
+    ("llama", {TOKENS: BOS, NAMES: named(pad="[PAD]"), CONFIG: ids(pad=9)}, 1, [2], 9, [1]),
+    ("llama", {GENERATION: ids(eos=[2, 7]), CONFIG: ids(eos=5)}, 1, [5, 2, 7], 0, []),
     ("llama", {TOKENS: named(eos="<|e|>") | ADDED}, 1, [421, 2], 0, []),
     ("llama", {TOKENS: named(eos="<|e|>"), "added_tokens": {"<|e|>": 420}}, 1, [420, 2], 0, []),
     ("Qwen2", {}, -1, [0], 0, []),
     ("Qwen2", {TOKENS: named(eos="<|im_end|>", bos="<|im_start|>")}, 1, [2], 2, []),
-    ("Qwen2", {TOKENS: None, CONFIG: numbered(bos=1, eos=2)}, 1, [2], 2, []),
+    ("Qwen2", {TOKENS: None, CONFIG: ids(bos=1, eos=2)}, 1, [2], 2, []),
     ("Llama-3", {TOKENS: named(eos="<|end_of_text|>") | NO_BOS}, 0, [1], 1, [0]),
-    ("Llama-3", {CONFIG: numbered(eos=1), GENERATION: numbered(eos=[1, 8])}, 0, [1, 8], 1, [0]),
+    ("Llama-3", {CONFIG: ids(eos=1), GENERATION: ids(eos=[1, 8])}, 0, [1, 8], 1, [0]),
 ]
 
 
@@ -2797,18 +2773,18 @@ OTHER_MARKS = [
 OTHERS = [
     ("bloom", {TOKENS: named(eos="none")}, "eos_token 'none'"),
     ("llama", {NAMES: named(bos="[BOS]")}, "bos_token '[BOS]'"),
-    ("bloom", {CONFIG: numbered(bos=10**6)}, "bos_token_id 1000000"),
-    ("llama", {CONFIG: numbered(eos=[-1])}, "eos_token_id -1"),
+    ("bloom", {CONFIG: ids(bos=10**6)}, "bos_token_id 1000000"),
+    ("llama", {CONFIG: ids(eos=[-1])}, "eos_token_id -1"),
     ("bloom", {TOKENS: named(eos=7)}, "eos_token 7"),
     ("bloom", {TOKENS: named(eos={})}, ""),
-    ("bloom", {CONFIG: numbered(eos="</s>")}, "eos_token_id"),
-    ("bloom", {CONFIG: numbered(eos=[True])}, "eos_token_id True"),
+    ("bloom", {CONFIG: ids(eos="</s>")}, "eos_token_id"),
+    ("bloom", {CONFIG: ids(eos=[True])}, "eos_token_id True"),
     ("llama", {TOKENS: {"add_bos_token": "yes"}}, "add_bos_token is 'yes'"),
     ("llama", {TOKENS: []}, ""),
     ("llama", {TOKENS: {"added_tokens_decoder": {"x": {}}}}, "tokenizer_config.json"),
     ("llama", {"added_tokens": {"x": 2**24}}, "16777216"),
     ("llama", {"added_tokens": []}, "added_tokens.json"),
-    ("llama", {GENERATION: numbered(eos=420)}, "eos_token_id 420"),
+    ("llama", {GENERATION: ids(eos=420)}, "eos_token_id 420"),
     ("llama", {TOKENS: {"add_prefix_space": False}}, "add_prefix_space"),
     ("bloom", {TOKENS: {"add_prefix_space": True}}, "add_prefix_space"),
     ("bloom", {TOKENS: {"split_special_tokens": True}}, "split_special_tokens is True"),
@@ -2952,9 +2928,7 @@ READ = [
 
 
 @pytest.mark.parametrize("files, pairs, said", READ)
-def test_what_others_write_is_read_and_what_is_left_out_is_said(
-    tmp_path, capsys, files, pairs, said
-):
+def test_text_as_others_write_it(tmp_path, capsys, files, pairs, said):
     """Blank lines skipped in two files, an error in TSV, silent in JSON lines; two lines in a JSON string.
     Quotes of a spreadsheet as text to learn; a score as a reason to refuse."""
     write(tmp_path, **files)
