@@ -366,7 +366,7 @@ def list_pairs(folder, split):
         forms = candidates(folder, split, source, target)
         if any(all(map(Path.exists, paths)) for paths, _ in forms):
             pairs.append(f"{source}-{target}")
-    return pairs
+    return sorted(pairs)
 
 
 # --------------------------------------------------------------------------------------------------
