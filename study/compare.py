@@ -42,7 +42,8 @@ from sacrebleu.metrics import BLEU
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lander
 from data import InputError, exit_status, group_by_length, locked, make_batch, make_batches
-from data import read_json, read_lines, read_tensors, render, split_pair, write_json, write_tensors
+from data import open_parallel, read_json, read_lines, read_tensors, render, split_pair, write_json
+from data import write_lines, write_tensors
 from model import load_model
 from study import demo, methods
 from study.methods import GROUPS, METHODS, Context
@@ -109,23 +110,24 @@ def spread_evenly(*sequences):
     return [item for _, item in sorted(placed, key=lambda both: both[0])]
 
 
-def plan(examples, others, recipe, settings):
-    """The steps of a training, each [(pair, numbers of its examples), ...].
+def plan(text, others, recipe, settings):
+    """The steps of a training, each [(pair, numbers of its sentences), ...].
 
-    examples, others: tuned and replayed pair -> sequence. The scripts mix all tuned pairs in a step.
+    text, others: tuned and replayed pair -> sequence. The scripts mix all tuned pairs in a step.
     """
-    batch = settings.batch
-    seed = settings.seed
-    count = lander.count_steps(examples, settings)
+    batch, seed = settings.batch, settings.seed
+    count = lander.count_steps(text, settings)
+    sizes = {pair: len(own) for pair, own in text.items()}
     if recipe.name == "scripts":
-        size = math.ceil(batch / len(examples))
-        turns = [lander.schedule({pair: own}, size, seed) for pair, own in examples.items()]
+        share = math.ceil(batch / len(sizes))
+        turns = [lander.schedule({pair: size}, share, seed) for pair, size in sizes.items()]
         steps = list(islice(zip(*turns), count))
     else:
-        steps = [[turn] for turn in islice(lander.schedule(examples, batch, seed), count)]
+        steps = [[turn] for turn in islice(lander.schedule(sizes, batch, seed), count)]
     if recipe.replay:
-        count = sum(math.ceil(len(own) / batch) for own in others.values())
-        replayed = [[turn] for turn in islice(lander.schedule(others, batch, seed), count)]
+        sizes = {pair: len(own) for pair, own in others.items()}
+        count = sum(math.ceil(size / batch) for size in sizes.values())
+        replayed = [[turn] for turn in islice(lander.schedule(sizes, batch, seed), count)]
         steps = spread_evenly(steps, replayed)
     return steps
 
@@ -146,7 +148,6 @@ def train(model, context, learners, start, pairs, recipe):
             size = min(recipe.size, len(own))
             tuned[pair] = random.Random(settings.seed).sample(own, size)
     others = {pair: own for pair, own in context.inputs.scoring.items() if pair not in pairs}
-    text = others | tuned
     steps = plan(tuned, others, recipe, settings)
     parameters = lander.merged({pair: learners[pair] for pair in pairs})
     strengths = keeper_strengths(model, parameters, others, recipe)
@@ -158,16 +159,22 @@ def train(model, context, learners, start, pairs, recipe):
     for number, turns in enumerate(steps):
         rate = lander.learning_rate(number, len(steps), settings.lr)
         optimizer.param_groups[0]["lr"] = rate
-        own = lander.merged({pair: learners.get(pair, parameters) for pair, _ in turns})
+        learning = lander.merged({pair: learners.get(pair, parameters) for pair, _ in turns})
         model.requires_grad_(False)
-        for parameter in own.values():
+        for parameter in learning.values():
             parameter.requires_grad_(True)
-        examples = {pair: [text[pair][i] for i in numbers] for pair, numbers in turns}
+        examples = {}
+        for pair, numbers in turns:
+            if pair in tuned:
+                own = [render(context.tokenizer, pair, *tuned[pair][i]) for i in numbers]
+                examples[pair] = lander.short_enough(own, context.inputs.max_tokens)
+            else:
+                examples[pair] = [others[pair][i] for i in numbers]
         add_gradients(model, context, examples)
         if recipe.kl is not None:
             chosen = rng.sample(kept, min(KEPT_SENTENCES, len(kept)))
             add_kl_gradients(model, context, chosen, parameters, start, recipe.kl)
-        norm = torch.nn.utils.clip_grad_norm_(own.values(), lander.CLIP_NORM)
+        norm = torch.nn.utils.clip_grad_norm_(learning.values(), lander.CLIP_NORM)
         if norm.isfinite():
             optimizer.step()
             if strengths:
@@ -178,9 +185,7 @@ def train(model, context, learners, start, pairs, recipe):
 
 
 def micro_batches(context, examples):
-    """Batches of those that are not too long: these are None."""
-    fitting = [example for example in examples if example]
-    return list(make_batches(fitting, context.tokenizer.pad_id, context.settings.micro_tokens))
+    return list(make_batches(examples, context.tokenizer.pad_id, context.settings.micro_tokens))
 
 
 def add_gradients(model, context, examples):
@@ -313,11 +318,12 @@ def evaluate(model, context, pairs, folder):
     counts = {}
     for pair in pairs:
         text = context.inputs.test[pair]
-        path = folder / f"{pair}.txt"
+        limit = context.inputs.new_tokens.get(pair, lander.NEW_TOKENS)
         methods.route(model, pair)
-        found = lander.evaluate(model, context.tokenizer, pair, text, context.settings, path)
+        lines, found = lander.evaluate(model, context.tokenizer, pair, text, context.settings, limit)
+        write_lines(folder / f"{pair}.txt", lines)
         scores[pair] = {metric: round(found[metric], 3) for metric in ("bleu", "chrf")}
-        counts[pair] = bleu_counts(pair, read_lines(path), [target for _, target in text])
+        counts[pair] = bleu_counts(pair, lines, [target for _, target in text])
     return scores, counts
 
 
@@ -365,13 +371,13 @@ def arrays(losses, counts, context):
 def prepare(settings, out):
     """Read what all cells need; score layers, neurons and channels once, of all layers. -> Context"""
     tuned = lander.choose_pairs(settings.pair, settings.data, "train")
-    config, tokenizer = lander.open_checkpoint(settings.weights)
-    lander.check_layer_count(settings.layers, config.layers - 1)
+    config, tokenizer, _ = lander.open_checkpoint(settings.weights)
+    lander.select_layers(torch.zeros(config.layers - 1), settings.layers)  # too many show at once
     inputs = lander.read_inputs(tokenizer, tuned, settings)
     model = load_model(settings.weights, *lander.choose_device(settings)).requires_grad_(False)
     path = out / "layers.json"
     lander.analyse_layers(model, tokenizer, inputs.scoring, tuned, settings, path)
-    analysis = read_json(path, {str: {"differences": [float]}})
+    analysis = read_json(path)
     differences = {pair: analysis[pair]["differences"] for pair in tuned}
     path = out / "awareness.safetensors"
     if not path.exists():
@@ -392,7 +398,7 @@ def prepare(settings, out):
     if not path.exists():
         write_json(path, translate_sources(model, context))
     translated = {}
-    for split, pairs in read_json(path, {}).items():
+    for split, pairs in read_json(path).items():
         translated[split] = {}
         for pair, text in pairs.items():
             translated[split][pair] = [render(tokenizer, pair, *both) for both in text]
@@ -414,7 +420,7 @@ def score(model, tokenizer, inputs, settings):
             own = lander.neuron_awareness(model, made, range(model.config.layers), reader)
             scores[f"{pair} {reader}"] = own
         means.append(lander.activation_means(model, batches))
-        text = lander.read_text(settings, "train", pair, {})[: settings.score_sentences]
+        text = open_parallel(settings.data, "train", pair)[: settings.score_sentences]
         for code, sentences in zip(split_pair(pair), zip(*text)):
             languages.setdefault(code, [tokenizer.encode(sentence) for sentence in sentences])
     scores["differences with targets"] = lander.layer_differences(torch.stack(means).mean(0))
@@ -428,7 +434,7 @@ def read_valid(context):
     """pair -> the first valid sentences, rendered: of every pair the same ones."""
     found = {}
     for pair in context.inputs.scoring:
-        text = lander.read_text(context.settings, "valid", pair, {})[:VALID_SENTENCES]
+        text = open_parallel(context.settings.data, "valid", pair)[:VALID_SENTENCES]
         found[pair] = [render(context.tokenizer, pair, *both) for both in text]
     if len({len(own) for own in found.values()}) > 1:
         raise InputError(
@@ -446,12 +452,11 @@ def translate_sources(model, context):
     for split, size in START_SENTENCES.items():
         found[split] = {}
         for pair in context.inputs.scoring:
-            text = lander.read_text(context.settings, split, pair, {})[:size]
+            text = open_parallel(context.settings.data, split, pair)[:size]
             sources = [source for source, _ in text]
-            what = pair, list(enumerate(sources)), context.settings, f"translating {pair}"
-            lines = lander.translate_lines(model, context.tokenizer, *what)
-            done = {number: line for number, line, _ in lines}
-            found[split][pair] = [(source, done[i]) for i, source in enumerate(sources)]
+            what = list(enumerate(sources)), context.settings, f"translating {pair}"
+            lines = lander.translate_lines(model, context.tokenizer, pair, *what)
+            found[split][pair] = [(sources[number], line) for number, line, _ in lines]
     return found
 
 
@@ -478,7 +483,7 @@ def given(settings):
 def check_grid(path, settings, tune):
     """One folder holds one grid. InputError if it holds another."""
     recorded = given(settings) | {"tune": tune}
-    if path.exists() and read_json(path, {}) != recorded:
+    if path.exists() and read_json(path) != recorded:
         raise InputError(f"{path}: a grid with other settings, expected {json.dumps(recorded)}")
     write_json(path, recorded)
 
@@ -544,7 +549,7 @@ def read_results(out, name="results.jsonl"):
     if not path.exists():
         return []
     lines = [json.loads(line) for line in read_lines(path)]
-    before = read_json(out / "before.json", {})
+    before = read_json(out / "before.json")
     return [{"before": before.get("scores", before)} | line for line in lines]
 
 
@@ -775,7 +780,7 @@ def plot(out):
     lines = read_results(out)
     if not lines:
         raise InputError(f"{out / 'results.jsonl'}: no results yet")
-    grid = read_json(out / "grid.json", {"tune": str})
+    grid = read_json(out / "grid.json")
     print(f"{out}: {json.dumps(grid)}")
     for name, (pattern, label, logarithmic) in CURVES.items():
         found = series(lines, pattern)

@@ -78,7 +78,7 @@ def read_grid(out):
     (tuned,) = {tuple(line["pairs"]) for line in lines}
     before = with_totals(tensors[f"before {tuned[0]} bleu"])  # [N, 10]
     tokens = np.zeros((len(compare.KINDS), len(tensors[f"before {tuned[0]} tokens"])))  # [3, V]
-    for pair in read_json(out / "before.json", {})["valid_loss"]:
+    for pair in read_json(out / "before.json")["valid_loss"]:
         kind = compare.KINDS.index(compare.kind_of(pair, tuned))
         tokens[kind] += tensors[f"before {pair} tokens"]
     rng = np.random.default_rng(0)

@@ -185,7 +185,6 @@ def add_lora(model, wanted, rank=8):
     for name, module in list(model.blocks.named_modules()):
         if isinstance(module, Linear) and wanted(name) and module.weight.numel():
             parent, _, child = name.rpartition(".")
-            module.zero_rows = module.zero_columns = 0  # A has exactly as many columns
             setattr(model.blocks.get_submodule(parent), child, LoRA(module, rank, 2 * rank))
 
 

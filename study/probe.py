@@ -22,7 +22,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lander
-from data import LANGUAGES, make_batch, make_batches, read_json, render, split_pair, write_json
+from data import LANGUAGES, make_batch, make_batches, open_parallel, read_json, render, split_pair
+from data import write_json
 from model import load_model
 from study import compare
 from study.methods import METHODS
@@ -60,14 +61,17 @@ def removal(context):
     pairs = [pair for pair in context.inputs.test if pair in context.inputs.scoring]
     valid = {}
     for pair in pairs:
-        text = lander.read_text(settings, "valid", pair, {})[: lander.VALID_SENTENCES]
-        valid[pair] = lander.render_examples(context.tokenizer, pair, text, settings, "validation")
+        text = open_parallel(settings.data, "valid", pair)[: lander.VALID_SENTENCES]
+        valid[pair] = [render(context.tokenizer, pair, *both) for both in text]
 
     def measure(chosen, what):
         model = load_model(settings.weights, *lander.choose_device(settings))
         removed(model, chosen)
-        losses = lander.validation_loss(model, context.tokenizer, valid, settings)
-        scores = compare.evaluate(model, context, Path(settings.out) / "cells" / what)
+        losses = {}
+        for pair, examples in valid.items():
+            batches = compare.micro_batches(context, examples)
+            losses[pair] = lander.validation_loss(model, pair, batches)
+        scores, _ = compare.evaluate(model, context, pairs, Path(settings.out) / "cells" / what)
         return {"loss": losses, "bleu": {pair: scores[pair]["bleu"] for pair in pairs}}
 
     nothing = torch.zeros(context.awareness.shape[1:], dtype=torch.bool)  # [L, F]
@@ -124,8 +128,7 @@ def stability(context):
     model = load_model(settings.weights, *lander.choose_device(settings)).requires_grad_(False)
     text = {}
     for pair in context.inputs.scoring:
-        own = lander.read_text(settings, "train", pair, {})
-        text[pair] = own[: 2 * settings.score_sentences]
+        text[pair] = open_parallel(settings.data, "train", pair)[: 2 * settings.score_sentences]
 
     def owners(chosen, make=render):
         scores = []
@@ -230,11 +233,10 @@ def routing(context):
             model = load_model(settings.weights, *lander.choose_device(settings))
             learners = METHODS["lander"](model.requires_grad_(False), own)
             folder = Path(settings.out) / "cells" / f"{rate:g} {seed}"
-            folder.mkdir(parents=True, exist_ok=True)
-            compare.train(model, own, learners, own.tuned, compare.parse_method("lander"), folder)
+            compare.train(model, own, learners, {}, own.tuned, compare.parse_method("lander"))
             layers = lander.routed_layers(model)
             for pair in own.tuned:
-                text = lander.read_text(settings, "valid", pair, {})[:50]
+                text = open_parallel(settings.data, "valid", pair)[:50]
                 for layer, kinds in factors(model, tokenizer, pair, text).items():
                     for kind, found in kinds.items():
                         spread = torch.tensor(found).std().item()
@@ -270,14 +272,12 @@ def without_routing(model, context, folder):
         "of another pair": lambda own, pair: own.get(after[pair], own[pair]),
         "another direction": lambda own, pair: own[pair][torch.randperm(len(own[pair]))],
     }
-    test = {pair: context.inputs.test[pair] for pair in context.tuned}
-    context = context._replace(inputs=context.inputs._replace(test=test))
     found = {}
     for name, change in changes.items():
         for layer, ffn in layers.items():
             for pair in ffn.router:
                 ffn.router[pair].copy_(change(learned[layer], pair))
-        scores = compare.evaluate(model, context, folder / name)
+        scores, _ = compare.evaluate(model, context, context.tuned, folder / name)
         found[name] = {pair: scores[pair]["bleu"] for pair in context.tuned}
     return found
 
@@ -362,11 +362,11 @@ def plot(out):
         return compare.plot(out)
     print(out)
     if (out / "removal.json").exists():
-        show_removal(read_json(out / "removal.json", {}), out / "removal.svg")
+        show_removal(read_json(out / "removal.json"), out / "removal.svg")
     if (out / "stability.json").exists():
-        show_stability(read_json(out / "stability.json", {}))
+        show_stability(read_json(out / "stability.json"))
     if (out / "routing.json").exists():
-        show_routing(read_json(out / "routing.json", {}))
+        show_routing(read_json(out / "routing.json"))
 
 
 EXPERIMENTS = {"removal": removal, "stability": stability, "routing": routing}

@@ -251,9 +251,8 @@ def test_a_report(world, tmp_path, monkeypatch, capsys):
     shown = [
         float(value) for title in re.findall(r'title="([^"]+)"', page) for value in title.split()
     ]
-    model, tokenizer, _ = lander.load_tuned(
-        Path("run"), lander.finished_args(Path("run")), lander.Settings()
-    )
+    settings = lander.settings_of_run({"tuned": "run", "translate": "-"})
+    model, tokenizer, _ = lander.load_tuned(settings)
     lander.route(model, "qaa-qab")
     routed = {l: ffn for l, ffn in lander.routed_layers(model).items() if "qaa-qab" in ffn.share}
     assert len(routed) == 2
