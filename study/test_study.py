@@ -53,7 +53,6 @@ TRAINED_BY = {
     "adapter-lora": r"blocks\.\d\.(adapter\.|attention\..*\.lora_[ab])",
     "k=1": r"blocks\.1\.ffn\.(general\.|specific\.en-de\.|router\.en-de)",
     "epsilon=0.5": r"blocks\.[12]\.ffn\.(general\.|specific\.en-de\.|router\.en-de)",
-    "channels": r"blocks\.\d\.attention\..*original",
     "channels-half": r"blocks\.\d\.attention\..*original",
     "blocks-of-layers": r"blocks\.[12]\.(attention|ffn)\.",
     "both": r"blocks\.(\d\.attention\..*original|[12]\.ffn\.(general|specific\.en-de|router\.en-de))",
