@@ -485,9 +485,9 @@ class BPETokenizer:
             self.ids = self.vocabulary | self.added
             self.tokens = {id: token for token, id in self.ids.items()}
             self.tokens |= {id: token for token, id in self.normalized.items()}
-        for merge in self.ranks:
-            if len(merge) != 2 or not {*merge, "".join(merge)} <= self.vocabulary.keys():
-                raise InputError(f"{path}: merge {merge} is not of two tokens that make a third")
+            for merge in self.ranks:
+                if len(merge) != 2 or not {*merge, "".join(merge)} <= self.vocabulary.keys():
+                    raise InputError(f"{path}: merge {merge} is no two tokens that make a third")
         if not (self.over_bytes or self.ignore_merges):
             if not any("▁" in token.lstrip("▁") for token in self.vocabulary):
                 self.splits.append(re.compile("(▁*[^▁]+)").split)  # the same ids, and words repeat

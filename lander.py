@@ -807,7 +807,10 @@ def write(path, value):
 
 def grow(path, keys, make):
     """A file with an entry for each key: what it lacks is made, and written as soon as it is done."""
-    entries = READERS[path.suffix](path) if path.exists() else {}
+    entries = {}
+    if path.exists():
+        with reading(path):
+            entries = dict(READERS[path.suffix](path))
     for key in keys:  # in every process, or one finds in the file what another is yet to make
         if key not in entries:
             entries[key] = make(key)
@@ -1157,8 +1160,8 @@ def train(model, tokenizer, learners, text, valid, settings, folder, weight_deca
 
 def show_training(log_path, max_tokens):
     """The validation losses before and after, and how many examples were too long, from the log."""
-    entries = [json.loads(line) for line in read_lines(log_path)]
     with reading(log_path):
+        entries = [json.loads(line) for line in read_lines(log_path)]
         skipped = sum(entry["skipped"] for entry in entries[1:-1])
         before, after = entries[0]["valid_loss"], entries[-1]["valid_loss"]
         changes = [f"{pair} {before[pair]:.3f} to {after[pair]:.3f}" for pair in before]
