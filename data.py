@@ -167,7 +167,7 @@ LANGUAGES_BY_TOKENIZER = {
 def read_languages(text):
     """ "de deu=German, fr=French" -> {"de": "German", "deu": "German", "fr": "French"}"""
     languages = {}
-    for entry in text.split(",") if text else []:
+    for entry in text.split(","):
         codes, _, name = entry.strip().partition("=")
         if not codes or not name.strip() or not name.isprintable():
             raise InputError(f"language {entry!r}: expected a code and a name, as in de=German")
@@ -176,6 +176,12 @@ def read_languages(text):
 
 
 LANGUAGES = read_languages(",".join(LANGUAGES_BY_TOKENIZER.values()))
+
+
+def name_languages(text):
+    """Add to LANGUAGES what --language names, before anything is read: "", or "xx=Name, ..." """
+    if text:
+        LANGUAGES.update(read_languages(text))
 
 
 def language_name(code):

@@ -93,11 +93,10 @@ from torch import distributed, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from data import LANGUAGES, InputError, bleu_tokenizer, exit_status, fingerprint, first_line
-from data import group_by_length, has_line_break, line_ends, list_pairs, load_tokenizer, locked
-from data import make_batch, make_batches, note, open_parallel, read_json, read_languages
-from data import read_lines, read_tensors, reading, render, split_pair, write_json, write_lines
-from data import write_tensors
+from data import InputError, bleu_tokenizer, exit_status, fingerprint, first_line, group_by_length
+from data import has_line_break, line_ends, list_pairs, load_tokenizer, locked, make_batch
+from data import make_batches, name_languages, note, open_parallel, read_json, read_lines
+from data import read_tensors, reading, render, split_pair, write_json, write_lines, write_tensors
 from model import FFN, Config, checkpoint_files, load_model, save_model
 
 
@@ -716,7 +715,10 @@ class Settings:
         for setting in fields(self):
             flag, value = flag_of(setting.name), getattr(self, setting.name)
             least, most = setting.metadata["least"], setting.metadata["most"]
-            if setting.type is not str and not least <= value <= most:
+            if setting.type is str:
+                if "\0" in value:
+                    raise InputError(f"{flag} has a NUL character")
+            elif not least <= value <= most:
                 expected = f"{least} or more" if most == MANY else f"{least} to {most}"
                 raise InputError(f"{flag} is {value}, expected {expected}")
         if self.lr == 0:
@@ -1022,11 +1024,11 @@ def read_inputs(tokenizer, tuned, settings):
     for rendered_text, what in ((scoring, "scoring"), (valid, "validation")):
         for pair, examples in rendered_text.items():
             rendered_text[pair] = kept = short_enough(examples, max_tokens)
-            over = f"{what} {pair}: {len(examples) - len(kept)} of {len(examples)} examples over"
+            over = f"{len(examples) - len(kept)} of {len(examples)} examples"
             if not kept:
-                raise InputError(f"{over} --max-tokens {max_tokens}")
+                raise InputError(f"{what} {pair}: {over} are longer than --max-tokens {max_tokens}")
             if len(kept) < len(examples):
-                note(f"{over} {max_tokens} tokens are skipped")
+                note(f"{what} {pair}: skipped {over}, over {max_tokens} tokens")
     for pair in choose_pairs(settings.eval_pairs or settings.pair, settings.data, "test"):
         make_metrics(pair)  # which may lack its tokenizer
         test[pair] = read("test", pair)[: settings.eval_sentences or None]
@@ -1402,7 +1404,7 @@ def main(argv=None):
             if settings.tuned:
                 settings = settings_of_run(given)
             torch.manual_seed(settings.seed)
-            LANGUAGES.update(read_languages(settings.language))
+            name_languages(settings.language)
             if process_count() > 1 and (settings.tuned or not settings.weights):
                 raise InputError("torchrun is for tuning a checkpoint; run this one without")
             if settings.tuned:

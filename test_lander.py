@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
-import unicodedata
+
 import zipfile
 from dataclasses import fields
 from functools import partial
@@ -1074,9 +1074,9 @@ def test_a_closed_stream_is_no_traceback(closed):
 
 
 SAME_ON_RESUME = {"weights", "data", "out", "device", "resume", "translate", "tuned", "export"}
-OTHER_VALUES = {str: "qac-qab", bool: True, int: 3, float: 0.25}  # that are no setting's default
-OTHER_VALUES |= {"dtype": "bfloat16", "language": "xx=Xish"}
-OTHER_VALUES |= dict.fromkeys(["score_pairs", "eval_pairs"], "qaa-qab,qab-qaa")
+OTHER_SETTINGS = {str: "qac-qab", bool: True, int: 3, float: 0.25}  # that are no setting's default
+OTHER_SETTINGS |= {"dtype": "bfloat16", "language": "xx=Xish"}
+OTHER_SETTINGS |= dict.fromkeys(["score_pairs", "eval_pairs"], "qaa-qab,qab-qaa")
 
 
 def test_resuming_with_any_other_setting_is_refused(world, half_done, here, capsys, monkeypatch):
@@ -1087,7 +1087,7 @@ def test_resuming_with_any_other_setting_is_refused(world, half_done, here, caps
     for setting in fields(lander.Settings):
         if setting.name not in SAME_ON_RESUME:
             flag = lander.flag_of(setting.name)
-            value = OTHER_VALUES.get(setting.name) or OTHER_VALUES[setting.type]
+            value = OTHER_SETTINGS.get(setting.name) or OTHER_SETTINGS[setting.type]
             words = [flag] if value is True else [flag, str(value)]
             assert f"now {flag} {value}" in error_of(capsys, [*resume, *words])
     other_type = torch.device("cpu"), torch.bfloat16
