@@ -843,7 +843,12 @@ def read_args(folder):
         odd = record.keys() ^ {*recorded(Settings()), "files", "new_tokens"}
         if odd:
             raise InputError(f"{path}: of another version, at {', '.join(sorted(odd))}")
-        record["files"], record["new_tokens"] = dict(record["files"]), dict(record["new_tokens"])
+        for setting in fields(Settings):
+            value = record.get(setting.name, setting.default)
+            if type(value) is not setting.type:
+                raise InputError(f"{path}: {setting.name} is {value!r}")
+        record["files"] = dict(record["files"])
+        record["new_tokens"] = {pair: int(limit) for pair, limit in record["new_tokens"].items()}
     return record
 
 

@@ -1335,7 +1335,9 @@ BAD_ON_RESUME = {
 BAD_WHEN_FINISHED = {
     "another version": ("run/args.json", lambda args: args | {"magic": 1}, "magic"),
     "a setting less": ("run/args.json", lambda args: {"pair": "x"}, "weights"),
-    "a setting of another kind": ("run/args.json", lambda args: args | {"beams": "2"}, ""),
+    "a setting of another kind": ("run/args.json", lambda args: args | {"beams": "2"}, "beams"),
+    "folders": ("run/args.json", lambda args: args | {"weights": ["a"]}, "weights"),
+    "a limit": ("run/args.json", lambda args: args | {"new_tokens": {"qaa-qab": []}}, ""),
     "a list": ("run/neurons.json", lambda groups: [groups], ""),
     "no such neuron": ("run/neurons.json", lambda g: with_neurons(g, [9999]), "does not fit"),
     "a neuron of text": ("run/neurons.json", lambda g: with_neurons(g, ["1"]), ""),
