@@ -530,6 +530,8 @@ def show_plan(args):
     config = config_of(args)
     if args.command == "step" and args.case:
         return print(*measure(args.case, config, args))
+    if args.command == "step":
+        print(describe(args))
     print(f"{'planned':<14}{'GB':>8}{'TFLOP':>10}  measured: share of the plan, seconds, TFLOP/s")
     for case in CASES:
         planned, operations = plan(case, config, args)
