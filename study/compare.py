@@ -6,9 +6,6 @@
     python study/compare.py ... --chosen                 # all pairs translated, at the best rates
     python study/compare.py --plot DIR                   # what was measured, without running
 
-One cell is a method at a learning rate with a seed: a line in DIR/results.jsonl. Cells that are
-there are passed over, so that a grid can be stopped, go on, and be split over machines.
-
 methods.py has the methods. Behind a name may stand, in this order:
 
     :300         only that many training sentences, in as many steps
@@ -17,9 +14,8 @@ methods.py has the methods. Behind a name may stand, in this order:
     +fisher=R    the same, each weight by how much other pairs' loss needs it
     +kl=B        adds B * KL(start || now) on other pairs' sources, with the start's translations
 
-A cell measures: of the tuned pair BLEU and chrF on test; of every pair the loss of its references on
-valid; of every other pair the KL from the start. With several pairs in --pair, --tune says how:
-together, each alone (a cell for each), or in-turn, one after another with evaluation after each.
+With several pairs in --pair, --tune says how: together, each alone (a cell for each), or in-turn,
+one after another with evaluation after each.
 """
 
 import argparse
@@ -54,7 +50,7 @@ from study.methods import GROUPS, METHODS, Context
 
 
 class Cell(NamedTuple):
-    """What is trained, how, and on which pairs."""
+    """What is trained, how, and on which pairs: a line of results.jsonl."""
 
     method: str  # with all that stands behind its name
     rate: float
@@ -63,9 +59,6 @@ class Cell(NamedTuple):
 
     def name(self):
         return f"{self.method} {self.rate:g} {self.seed} {','.join(self.pairs)}"
-
-    def folder(self, out):
-        return out / "cells" / self.name()
 
 
 class Recipe(NamedTuple):
@@ -147,6 +140,9 @@ def train(model, context, learners, start, pairs, recipe):
     rng = random.Random(settings.seed)
     decay = 0.0 if strengths else lander.WEIGHT_DECAY
     optimizer = torch.optim.AdamW(parameters.values(), weight_decay=decay, fused=True)
+    weighted_kl = lambda model, batch: (
+        recipe.kl * methods.kl_from_start(model, batch, parameters, start)
+    )
     progress = lander.Progress("training", len(steps), "steps")
     for number, turns in enumerate(steps):
         rate = lander.learning_rate(number, len(steps), settings.lr)
@@ -162,10 +158,10 @@ def train(model, context, learners, start, pairs, recipe):
                 examples[pair] = lander.short_enough(own, context.inputs.max_tokens)
             else:
                 examples[pair] = [others[pair][i] for i in numbers]
-        add_gradients(model, context, examples)
+        add_gradients(model, context, examples, lander.target_loss)
         if recipe.kl is not None:
             chosen = rng.sample(kept, min(KEPT_SENTENCES, len(kept)))
-            add_kl_gradients(model, context, chosen, parameters, start, recipe.kl)
+            add_gradients(model, context, {None: chosen}, weighted_kl)
         norm = torch.nn.utils.clip_grad_norm_(learning.values(), lander.CLIP_NORM)
         if norm.isfinite():
             optimizer.step()
@@ -180,24 +176,14 @@ def micro_batches(context, examples):
     return list(make_batches(examples, context.tokenizer.pad_id, context.settings.micro_tokens))
 
 
-def add_gradients(model, context, examples):
-    """Of the loss of a target token. examples: pair -> those of a step"""
+def add_gradients(model, context, examples, loss_of):
+    """Of what loss_of(model, batch) sums up, for a target token. examples: pair -> those of a step"""
     batches = {pair: micro_batches(context, own) for pair, own in examples.items()}
     tokens = sum(lander.count_targets(own) for own in batches.values())
     for pair, own in batches.items():
         methods.route(model, pair)
         for batch in own:
-            (lander.target_loss(model, batch) / tokens).backward()
-
-
-def add_kl_gradients(model, context, examples, parameters, start, weight):
-    """Of weight * KL(start || now) of a target token."""
-    batches = micro_batches(context, examples)
-    tokens = lander.count_targets(batches)
-    methods.route(model, None)
-    for batch in batches:
-        drift = methods.kl_from_start(model, batch, parameters, start)
-        (weight * drift / tokens).backward()
+            (loss_of(model, batch) / tokens).backward()
 
 
 FISHER_SENTENCES = 20  # of each other pair
@@ -225,7 +211,7 @@ def run_cell(context, out, cell, tune, everything=False):
     recipe = parse_method(cell.method)
     settings = replace(context.settings, lr=cell.rate, seed=cell.seed)
     context = context._replace(settings=settings, tuned=list(cell.pairs))
-    folder = cell.folder(out)
+    folder = out / "cells" / cell.name()
     torch.manual_seed(cell.seed)
     model = load_model(settings.weights, *lander.choose_device(settings)).requires_grad_(False)
     learners = METHODS[recipe.name](model, context)
@@ -558,6 +544,11 @@ def best_rate(rates):
     return min(rates, key=lambda rate: valid_loss(rates[rate]))
 
 
+def at_best_rate(lines):
+    """The lines of each method at its best rate."""
+    return [line for rates in by_method(lines).values() for line in rates[best_rate(rates)]]
+
+
 EQUAL_FORGETTING = 1.0, 2.0  # BLEU
 
 
@@ -677,40 +668,35 @@ def forgetting(lines):
     return found
 
 
+def draw_cells(axes, values, texts, rows, columns, limits, cmap):
+    """A map with text in its cells. values: [rows, columns], NaN for none; texts: cell -> text"""
+    mesh = {"cmap": cmap, "vmin": limits[0], "vmax": limits[1]}
+    axes.pcolormesh(values.numpy(), edgecolors="white", linewidth=1, **mesh)
+    axes.invert_yaxis()
+    for (row, column), text in texts.items():
+        axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=8)
+    axes.set_xticks([column + 0.5 for column in range(len(columns))], columns)
+    axes.set_yticks([row + 0.5 for row in range(len(rows))], rows)
+    axes.tick_params(length=0)
+
+
 def draw_matrix(lines, path):
     """What tuning the pair of a row, alone or after those above it, did to every pair."""
     plt = pyplot()
-    found = forgetting(best_lines(lines))
+    found = forgetting(at_best_rate(lines))
     count = max(len(rows) for rows in found.values())
     size = 8, len(found) * (1 + 0.3 * count)
     figure, panels = plt.subplots(len(found), 1, figsize=size, squeeze=False)
     for axes, (name, rows) in zip(panels[:, 0], found.items()):
         values = torch.tensor([list(row.values()) for row in rows.values()])
+        texts = {place: f"{value:+.1f}" for place, value in np.ndenumerate(values.numpy())}
         limit = 1.8 * values.abs().max().item()  # no color so dark that it hides the number
-        axes.imshow(values, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto")
-        for (y, x), value in np.ndenumerate(values.numpy()):
-            axes.text(x, y, f"{value:+.1f}", ha="center", va="center", fontsize=8)
         pairs = list(next(iter(rows.values())))
-        axes.set_xticks(range(len(pairs)), pairs, rotation=45)
-        axes.set_yticks(range(len(rows)), list(rows))
+        draw_cells(axes, values, texts, list(rows), pairs, (-limit, limit), "PuOr")
+        axes.tick_params(axis="x", rotation=45)
         axes.set_title(name)
     figure.tight_layout()
     save(figure, path)
-
-
-def best_lines(lines):
-    """The cells of each method at its best rate."""
-    return [line for rates in by_method(lines).values() for line in rates[best_rate(rates)]]
-
-
-def series(lines, pattern):
-    """Methods named by a pattern with one number in it: group 1 -> number -> lines at best rate"""
-    found = {}
-    for line in best_lines(lines):
-        match = re.fullmatch(pattern, line["method"])
-        if match:
-            found.setdefault(match[1], {}).setdefault(float(match[2]), []).append(line)
-    return {name: dict(sorted(points.items())) for name, points in sorted(found.items())}
 
 
 CURVES = {  # file -> methods with a number in their names, label of the number, logarithmic
@@ -720,47 +706,44 @@ CURVES = {  # file -> methods with a number in their names, label of the number,
 }
 
 
-def in_a_curve(method):
-    return any(re.fullmatch(pattern, method) for pattern, _, _ in CURVES.values())
-
-
-def draw_curve(found, label, logarithmic, path):
-    """Change of BLEU of the tuned and the other pairs over a number, a dot a seed."""
+def draw_curve(lines, pattern, label, logarithmic, path):
+    """Change of BLEU of the tuned and the other pairs over the number in the methods' names."""
+    found = {}  # name -> number -> lines
+    for line in sorted(at_best_rate(lines), key=lambda line: line["method"]):
+        name, number = re.fullmatch(pattern, line["method"]).groups()
+        found.setdefault(name, {}).setdefault(float(number), []).append(line)
     plt = pyplot()
     figure, panels = plt.subplots(1, 2, figsize=(10, 4))
-    for axes, kind in zip(panels, ("tuned", "others")):
-        for number, (name, points) in enumerate(found.items()):
+    rows = []
+    for number, (name, points) in enumerate(found.items()):
+        points = dict(sorted(points.items()))
+        for axes, kind in zip(panels, ("tuned", "others")):
             groups = [[(x, change) for change in changes(own, kind)] for x, own in points.items()]
             dots_and_means(axes, groups, name, color=plt.cm.tab10(number % 10), marker="o")
-        axes.set(xlabel=label, ylabel=f"mean change of BLEU, {kind}")
-        axes.set_xscale("log" if logarithmic else "linear")
+            axes.set(xlabel=label, ylabel=f"mean change of BLEU, {kind}")
+            axes.set_xscale("log" if logarithmic else "linear")
+        for x, own in points.items():
+            shown = [spread(changes(own, kind)) for kind in ("tuned", "others")]
+            rows.append([name, f"{x:g}", len(own), *shown])
+    for axes in panels:
         axes.grid(alpha=0.3)
     if len(found) > 1:
         panels[1].legend(fontsize=7)
     figure.tight_layout()
     save(figure, path)
-
-
-def show_series(found, label):
-    rows = []
-    for name, points in found.items():
-        for x, own in points.items():
-            shown = [spread(changes(own, kind)) for kind in ("tuned", "others")]
-            rows.append([name, f"{x:g}", len(own), *shown])
     table(["method", label, "cells", "tuned", "others"], rows)
 
 
 def plot(out):
-    """Table and figures of a grid, from its committed results alone."""
+    """Tables and figures of a grid, from its committed results alone."""
     lines = read_results(out)
     grid = read_json(out / "grid.json")
     print(f"\n{out}: {json.dumps(grid)}")
-    for name, (pattern, label, logarithmic) in CURVES.items():
-        found = series(lines, pattern)
-        if found:
-            show_series(found, label)
-            draw_curve(found, label, logarithmic, out / name)
-    lines = [line for line in lines if not in_a_curve(line["method"])]
+    for name, (pattern, *looks) in CURVES.items():
+        in_curve = [line for line in lines if re.fullmatch(pattern, line["method"])]
+        lines = [line for line in lines if line not in in_curve]
+        if in_curve:
+            draw_curve(in_curve, pattern, *looks, out / name)
     if not lines:
         return
     show_table(lines)

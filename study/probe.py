@@ -1,8 +1,7 @@
 """What scores, groups and routers say: neurons removed, groups found again, CAR looked at.
 
-    python study/probe.py --weights W --data D --pair en-de,fr-cs --out DIR    # any option of lander.py
-    python study/probe.py --plot DIR                                           # without running
-    python study/probe.py --plot study/results/*                               # and all of compare.py's
+    python study/probe.py --weights W --data D --pair en-de,fr-cs --out DIR  # and options of lander.py
+    python study/probe.py --plot study/results/*                             # without running
 
 Three experiments, each a file in DIR, passed over if it is there:
 
@@ -14,7 +13,8 @@ Three experiments, each a file in DIR, passed over if it is there:
 import argparse
 import sys
 from dataclasses import replace
-from itertools import combinations, takewhile
+from itertools import combinations
+from os.path import commonprefix
 from pathlib import Path
 from statistics import mean
 
@@ -113,12 +113,12 @@ def agreement(first, second):
 
 def relation(first, second):
     """What two pairs share: "same source", "reversed", ... or "neither"."""
-    (source, target), (other_source, other_target) = split_pair(first), split_pair(second)
-    if (source, target) == (other_target, other_source):
+    first, second = split_pair(first), split_pair(second)
+    if first == second[::-1]:
         return "reversed"
-    if source == other_source:
+    if first[0] == second[0]:
         return "same source"
-    return "same target" if target == other_target else "neither"
+    return "same target" if first[1] == second[1] else "neither"
 
 
 def group_all(model, context, text, make=render):
@@ -141,27 +141,25 @@ def stability(context):
     settings = context.settings
     size = settings.score_sentences
     model = load_model(settings.weights, *lander.choose_device(settings)).requires_grad_(False)
-    base_text, other_text, half = {}, {}, {}
-    for pair in context.inputs.scoring:
-        text = open_parallel(settings.data, "train", pair)
-        base_text[pair], other_text[pair] = text[:size], text[size : 2 * size]
-        half[pair] = text[: size // 2]
-    base, awareness, base_layers = group_all(model, context, base_text)
+    pairs = list(context.inputs.scoring)
+    text = {pair: open_parallel(settings.data, "train", pair) for pair in pairs}
+    part = lambda first, last: {pair: own[first:last] for pair, own in text.items()}
+    base, awareness, base_layers = group_all(model, context, part(0, size))
     others = {
-        "other text": group_all(model, context, other_text),
-        "half the text": group_all(model, context, half),
-        "another prompt": group_all(model, context, base_text, short_prompt),
+        "other text": group_all(model, context, part(size, 2 * size)),
+        "half the text": group_all(model, context, part(0, size // 2)),
+        "another prompt": group_all(model, context, part(0, size), short_prompt),
     }
     result = {"agreement": {}, "layers": {}, "overlap": {}, "where": {}}
     for name, (owner, _, layers) in others.items():
         result["agreement"][name] = agreement(base, owner)
-        same = [layers[pair] == base_layers[pair] for pair in layers]
+        same = [layers[pair] == base_layers[pair] for pair in pairs]
         result["layers"][name] = sum(same) / len(same)
     scaled = lander.scale_awareness(awareness)  # [P, L, F]
     flat = scaled.flatten(1)
     top = flat >= flat.quantile(settings.epsilon, dim=1, keepdim=True)
     shared = {}
-    for (a, first), (b, second) in combinations(enumerate(base_text), 2):
+    for (a, first), (b, second) in combinations(enumerate(pairs), 2):
         correlation = torch.corrcoef(flat[[a, b]].log1p())[0, 1].item()
         overlap = ((top[a] & top[b]).sum() / top[a].sum()).item()
         shared.setdefault(relation(first, second), []).append((correlation, overlap))
@@ -169,7 +167,7 @@ def stability(context):
         columns = [mean(column) for column in zip(*own)]
         result["overlap"][name] = dict(zip(("correlation", "most aware in both"), columns))
     result["where"]["mean variance"] = scaled.var(0, correction=0).mean(1).tolist()
-    for p, pair in enumerate(base_text):
+    for p, pair in enumerate(pairs):
         result["where"][pair] = (base == p).sum(1).tolist()
     return result
 
@@ -178,17 +176,12 @@ def stability(context):
 # What does CAR do?
 
 
-def in_common(first, second):
-    """How many tokens two lists begin with alike."""
-    return sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(first, second)))
-
-
 def kinds_of_tokens(tokenizer, pair, source, target):
     """An example with "prompt", "source" or "target" for each token that the model reads."""
     prompt, answer = render(tokenizer, pair, source, target)
     empty, _ = render(tokenizer, pair, "")
-    before = in_common(prompt, empty)
-    after = in_common(prompt[before:][::-1], empty[before:][::-1])
+    before = len(commonprefix([prompt, empty]))
+    after = len(commonprefix([prompt[before:][::-1], empty[before:][::-1]]))
     kinds = ["prompt"] * before + ["source"] * (len(prompt) - before - after) + ["prompt"] * after
     return prompt + answer[:-1], kinds + ["target"] * (len(answer) - 1)
 
@@ -223,9 +216,7 @@ ROUTING_SEEDS = (0, 1, 2)
 def routing(context):
     """-> {"values": [...], "bleu": [...], "cosines": {...}}, over seeds and two rates"""
     settings, tokenizer = context.settings, context.tokenizer
-    values = []
-    bleu = []
-    routers = {}
+    values, bleu, routers = [], [], {}
     for rate in (settings.lr, settings.lr / 3):
         for seed in ROUTING_SEEDS:
             torch.manual_seed(seed)
@@ -238,11 +229,11 @@ def routing(context):
             for pair in own.tuned:
                 text = open_parallel(settings.data, "valid", pair)[:50]
                 for layer, kinds in factors(model, tokenizer, pair, text).items():
+                    entry = {"rate": rate, "seed": seed, "pair": pair, "layer": layer}
+                    entry["share"] = layers[layer].share[pair]
                     for kind, found in kinds.items():
-                        spread = torch.tensor(found).std().item()
-                        entry = {"rate": rate, "seed": seed, "pair": pair, "layer": layer}
-                        entry |= {"kind": kind, "mean": mean(found), "std": spread}
-                        values.append(entry | {"share": layers[layer].share[pair]})
+                        numbers = {"mean": mean(found), "std": torch.tensor(found).std().item()}
+                        values.append(entry | {"kind": kind} | numbers)
             for layer, ffn in layers.items():
                 for pair, router in ffn.router.items():
                     routers[rate, seed, layer, pair] = router.detach().clone()
@@ -286,7 +277,7 @@ def without_routing(model, context, folder):
 # What was found
 
 
-def show_removal(found, path):
+def show_removal(found, out):
     """A table and a figure: what losing a tenth changes, of this pair and of the others' mean."""
     (none,), (chance,) = found.pop("none"), found.pop("random")
     plt = compare.pyplot()
@@ -311,12 +302,12 @@ def show_removal(found, path):
         rows += zip(*columns)
     panels[1].legend(fontsize=7)
     figure.tight_layout()
-    compare.save(figure, path)
+    compare.save(figure, out / "removal.svg")
     head = ["most aware of", "tenth", "its loss", "others' loss", "its BLEU", "others' BLEU"]
     compare.table(head, rows)
 
 
-def show_stability(found):
+def show_stability(found, out):
     rows = []
     for name, own in found["agreement"].items():
         row = [f"{value:.2f}" for value in [*own.values(), found["layers"][name]]]
@@ -332,7 +323,7 @@ def show_stability(found):
     compare.table(["by layer", *range(len(own))], rows)
 
 
-def show_routing(found):
+def show_routing(found, out):
     cells = {}
     for entry in found["values"]:
         place = tuple(entry[name] for name in ("rate", "pair", "layer", "kind", "share"))
@@ -354,26 +345,27 @@ def show_routing(found):
     compare.table(["routers", "cosine"], [(k, f"{v:.2f}") for k, v in found["cosines"].items()])
 
 
+EXPERIMENTS = {
+    "removal": (removal, show_removal),
+    "stability": (stability, show_stability),
+    "routing": (routing, show_routing),
+}
+
+
 def plot(out):
     if (out / "results.jsonl").exists():
         return compare.plot(out)
-    print(out)
-    if (out / "removal.json").exists():
-        show_removal(read_json(out / "removal.json"), out / "removal.svg")
-    if (out / "stability.json").exists():
-        show_stability(read_json(out / "stability.json"))
-    if (out / "routing.json").exists():
-        show_routing(read_json(out / "routing.json"))
-
-
-EXPERIMENTS = {"removal": removal, "stability": stability, "routing": routing}
+    print(f"\n{out}")
+    for name, (_, show) in EXPERIMENTS.items():
+        if (out / f"{name}.json").exists():
+            show(read_json(out / f"{name}.json"), out)
 
 
 def look(args, settings, out):
     """Make every experiment whose file is not there yet."""
     compare.check_grid(out / "grid.json", settings, "together")
     context = compare.prepare(settings, out)
-    for name, experiment in EXPERIMENTS.items():
+    for name, (experiment, _) in EXPERIMENTS.items():
         if not (out / f"{name}.json").exists():
             write_json(out / f"{name}.json", experiment(context))
 
