@@ -716,7 +716,7 @@ class Settings:
             flag, value = flag_of(setting.name), getattr(self, setting.name)
             least, most = setting.metadata["least"], setting.metadata["most"]
             if setting.type is str:
-                if "\0" in "" + value:  # text, or a TypeError
+                if "\0" in value:
                     raise InputError(f"{flag} has a NUL character")
             elif not least <= value <= most:
                 expected = f"{least} or more" if most == MANY else f"{least} to {most}"
