@@ -167,7 +167,7 @@ LANGUAGES_BY_TOKENIZER = {
 def read_languages(text):
     """ "de deu=German, fr=French" -> {"de": "German", "deu": "German", "fr": "French"}"""
     languages = {}
-    for entry in text.split(",") if text else []:
+    for entry in text.split(","):
         codes, _, name = entry.strip().partition("=")
         if not codes or not name.strip() or not name.isprintable():
             raise InputError(f"language {entry!r}: expected a code and a name, as in de=German")
@@ -176,6 +176,12 @@ def read_languages(text):
 
 
 LANGUAGES = read_languages(",".join(LANGUAGES_BY_TOKENIZER.values()))
+
+
+def name_languages(text):
+    """Add to LANGUAGES what --language names, before anything is read: "", or "xx=Name, ..." """
+    if text:
+        LANGUAGES.update(read_languages(text))
 
 
 def language_name(code):
@@ -366,7 +372,7 @@ def list_pairs(folder, split):
         forms = candidates(folder, split, source, target)
         if any(all(map(Path.exists, paths)) for paths, _ in forms):
             pairs.append(f"{source}-{target}")
-    return pairs
+    return sorted(pairs)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -485,9 +491,9 @@ class BPETokenizer:
             self.ids = self.vocabulary | self.added
             self.tokens = {id: token for token, id in self.ids.items()}
             self.tokens |= {id: token for token, id in self.normalized.items()}
-        for merge in self.ranks:
-            if len(merge) != 2 or not {*merge, "".join(merge)} <= self.vocabulary.keys():
-                raise InputError(f"{path}: merge {merge} is not of two tokens that make a third")
+            for merge in self.ranks:
+                if len(merge) != 2 or not {*merge, "".join(merge)} <= self.vocabulary.keys():
+                    raise InputError(f"{path}: merge {merge} is no two tokens that make a third")
         if not (self.over_bytes or self.ignore_merges):
             if not any("▁" in token.lstrip("▁") for token in self.vocabulary):
                 self.splits.append(re.compile("(▁*[^▁]+)").split)  # the same ids, and words repeat

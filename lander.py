@@ -93,11 +93,10 @@ from torch import distributed, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from data import LANGUAGES, InputError, bleu_tokenizer, exit_status, fingerprint, first_line
-from data import group_by_length, has_line_break, line_ends, list_pairs, load_tokenizer, locked
-from data import make_batch, make_batches, note, open_parallel, read_json, read_languages
-from data import read_lines, read_tensors, reading, render, split_pair, write_json, write_lines
-from data import write_tensors
+from data import InputError, bleu_tokenizer, exit_status, fingerprint, first_line, group_by_length
+from data import has_line_break, line_ends, list_pairs, load_tokenizer, locked, make_batch
+from data import make_batches, name_languages, note, open_parallel, read_json, read_lines
+from data import read_tensors, reading, render, split_pair, write_json, write_lines, write_tensors
 from model import FFN, Config, Linear, checkpoint_files, load_model, save_model
 
 
@@ -853,7 +852,10 @@ class Settings:
         for setting in fields(self):
             flag, value = flag_of(setting.name), getattr(self, setting.name)
             least, most = setting.metadata["least"], setting.metadata["most"]
-            if setting.type is not str and not least <= value <= most:
+            if setting.type is str:
+                if "\0" in value:
+                    raise InputError(f"{flag} has a NUL character")
+            elif not least <= value <= most:
                 expected = f"{least} or more" if most == MANY else f"{least} to {most}"
                 raise InputError(f"{flag} is {value}, expected {expected}")
         if self.lr == 0:
@@ -946,7 +948,10 @@ def write(path, value):
 
 def grow(path, keys, make):
     """A file with an entry for each key: what it lacks is made, and written as soon as it is done."""
-    entries = READERS[path.suffix](path) if path.exists() else {}
+    entries = {}
+    if path.exists():
+        with reading(path):
+            entries = dict(READERS[path.suffix](path))
     for key in keys:  # in every process, or one finds in the file what another is yet to make
         if key not in entries:
             entries[key] = make(key)
@@ -977,7 +982,12 @@ def read_args(folder):
         odd = record.keys() ^ {*recorded(Settings()), "files", "new_tokens"}
         if odd:
             raise InputError(f"{path}: of another version, at {', '.join(sorted(odd))}")
-        record["files"], record["new_tokens"] = dict(record["files"]), dict(record["new_tokens"])
+        for setting in fields(Settings):
+            value = record.get(setting.name, setting.default)
+            if type(value) is not setting.type:
+                raise InputError(f"{path}: {setting.name} is {value!r}")
+        record["files"] = dict(record["files"])
+        record["new_tokens"] = {pair: int(limit) for pair, limit in record["new_tokens"].items()}
     return record
 
 
@@ -1162,11 +1172,11 @@ def read_inputs(tokenizer, tuned, settings):
     for rendered_text, what in ((scoring, "scoring"), (valid, "validation")):
         for pair, examples in rendered_text.items():
             rendered_text[pair] = kept = short_enough(examples, max_tokens)
-            over = f"{what} {pair}: {len(examples) - len(kept)} of {len(examples)} examples over"
+            over = f"{len(examples) - len(kept)} of {len(examples)} examples"
             if not kept:
-                raise InputError(f"{over} --max-tokens {max_tokens}")
+                raise InputError(f"{what} {pair}: {over} are longer than --max-tokens {max_tokens}")
             if len(kept) < len(examples):
-                note(f"{over} {max_tokens} tokens are skipped")
+                note(f"{what} {pair}: skipped {over}, over {max_tokens} tokens")
     for pair in choose_pairs(settings.eval_pairs or settings.pair, settings.data, "test"):
         make_metrics(pair)  # which may lack its tokenizer
         test[pair] = read("test", pair)[: settings.eval_sentences or None]
@@ -1332,8 +1342,8 @@ def train(
 
 def show_training(log_path, max_tokens):
     """The validation losses before and after, and how many examples were too long, from the log."""
-    entries = [json.loads(line) for line in read_lines(log_path)]
     with reading(log_path):
+        entries = [json.loads(line) for line in read_lines(log_path)]
         skipped = sum(entry["skipped"] for entry in entries[1:-1])
         drifts = [entry["kept"] for entry in entries[1:-1][-10:] if "kept" in entry]
         before, after = entries[0]["valid_loss"], entries[-1]["valid_loss"]
@@ -1589,7 +1599,7 @@ def main(argv=None):
             if settings.tuned:
                 settings = settings_of_run(given)
             torch.manual_seed(settings.seed)
-            LANGUAGES.update(read_languages(settings.language))
+            name_languages(settings.language)
             if process_count() > 1 and (settings.tuned or not settings.weights):
                 raise InputError("torchrun is for tuning a checkpoint; run this one without")
             if settings.tuned:

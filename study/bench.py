@@ -1,15 +1,13 @@
 """Speed and memory: beside other libraries, planned, measured, and of the whole command.
 
-    python study/bench.py against --weights bloom-560m/ --data wmt16/    # transformers, peft, tokenizers
-    python study/bench.py against --shape 1024,4,16,50000 --family llama # random weights, D,L,H,V
-    python study/bench.py plan                                           # the table of README.md
-    python study/bench.py plan --weights bloom-7b1/ --layers 2           # its config.json is enough
-    python study/bench.py step --shape 1024,16,16,50000 --device cuda    # the plan, and what happens
-    python study/bench.py startup --weights bloom-560m/ --data wmt16/    # millions of pairs
+    python study/bench.py against --weights W --data D          # transformers, peft, tokenizers
+    python study/bench.py against --shape 1024,4,16,50000       # random weights, D,L,H,V
+    python study/bench.py plan                                  # the table of README.md
+    python study/bench.py plan --weights bloom-7b1/ --layers 2  # its config.json is enough
+    python study/bench.py step --shape 1024,16,16,50000         # the plan, and what happens
+    python study/bench.py startup --weights W --data D          # millions of pairs
     python study/bench.py large --shape 4096,30,32,250880 --tokenizer bloom-7b1/tokenizer.json \\
         --folder DIR --pair en-de --data wmt16/                          # and any option of lander.py
-
-In this file: what is measured; against others; plan and step; startup; large; the command line.
 """
 
 import argparse
@@ -78,6 +76,7 @@ def random_decoder(config, dtype):
 
 EOS, PAD = 2, 3
 SENTENCE, TARGET = 64, 24  # tokens of an example, prompt and target; and those of the target
+SENTENCES, NEW_TOKENS = 80, 48  # in a training batch against others; after each prompt
 PAIRS = [f"pair{i}" for i in range(10)]  # the first one is tuned
 
 
@@ -112,9 +111,9 @@ def resident(what):
 
 
 def config_of(args):
-    return (
-        Config.from_folder(args.weights) if args.weights else shape_config(args.shape, args.family)
-    )
+    if args.weights:
+        return Config.from_folder(args.weights)
+    return shape_config(args.shape, args.family)
 
 
 def describe(args):
@@ -130,6 +129,11 @@ def describe(args):
 # Against others: the same work on the same weights, in turn, in one run
 
 
+def synchronize(args):
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+
+
 def alternate(name, ours, theirs, args):
     """Run both once to warm up, then in turn. -> what each of the two gave
 
@@ -141,8 +145,7 @@ def alternate(name, ours, theirs, args):
         for run in (ours, theirs):
             start = time.perf_counter()
             results[run] = run()
-            if args.device == "cuda":
-                torch.cuda.synchronize()
+            synchronize(args)
             if repeat:
                 seconds[run].append(time.perf_counter() - start)
     first, second = (statistics.median(times) for times in seconds.values())
@@ -156,9 +159,9 @@ def remark(text):
     print(f"{'':<10}{text}")
 
 
-def require_same(ours, theirs, least=1.0):
+def count_same(ours, theirs, least=1.0):
     """How many of two lists are the same. InputError for too few: it was not the same work."""
-    same = sum(a == b for a, b in zip(ours, theirs, strict=True))
+    same = [a == b for a, b in zip(ours, theirs, strict=True)].count(True)
     if same < least * len(ours):
         raise InputError(f"not the same work: {same} of {len(ours)} are the same")
     return f"{same} of {len(ours)} the same"
@@ -275,18 +278,18 @@ def generate(model, reference, prompts, args):
     """Greedy continuations of prompts of mixed length in one batch."""
     ids, mask, _ = make_batch([(prompt, []) for prompt in prompts], PAD)
     ids, mask = ids.to(args.device), mask.to(args.device)
-    ours = lambda: model.generate(ids, mask, args.new_tokens, EOS)
-    theirs = lambda: their_continuations(reference, prompts, args.new_tokens, args.device)
+    ours = lambda: model.generate(ids, mask, NEW_TOKENS, EOS)
+    theirs = lambda: their_continuations(reference, prompts, NEW_TOKENS, args.device)
     new = alternate("generate", ours, theirs, args)
     # 16-bit rounding differs between kernels, and one near tie changes a continuation.
-    same = require_same(*new, 1.0 if args.dtype == "float32" else 0.0)
+    same = count_same(*new, 1.0 if args.dtype == "float32" else 0.0)
     remark(f"{mask.sum()} prompt tokens, {sum(map(len, new[1]))} new; {same}")
 
 
 class Words:
-    """A tokenizer for random weights: an id for each word, the same in every run. No word ends a line."""
+    """A tokenizer for random weights: an id for each word. No word ends a line."""
 
-    pad_id, eos_id = PAD, EOS
+    pad_id, eos_id, end_ids = PAD, EOS, [EOS]
     prompt_prefix, target_prefix = [], " "
 
     def __init__(self, vocab_size):
@@ -315,20 +318,19 @@ def evaluate(model, reference, tokenizer, sources, args):
     ends_its_line = lambda ids, scores, **rest: ends[ids[:, -1]]
 
     def ours():
-        progress = lander.Progress("translating", len(sources), "sentences")
-        numbered = dict(enumerate(sources))
-        found = lander.translate_lines(model, tokenizer, args.pair, numbered, progress)
-        return [found[i][0] for i in range(len(sources))]
+        what = list(enumerate(sources)), lander.Settings(), "translating"
+        lines = lander.translate_lines(model, tokenizer, args.pair, *what)
+        return [line for _, line, _ in lines]
 
     def theirs(size):
-        found = {}
+        lines = {}
         for first in range(0, len(prompts), size):
             group = longest_first[first : first + size]
             options = limits[group[0]], args.device, [ends_its_line]
             rows = their_continuations(reference, [prompts[i] for i in group], *options)
             for i, row in zip(group, rows):
-                found[i] = first_line(tokenizer.decode(row[: limits[i]]))
-        return [found[i] for i in range(len(sources))]
+                lines[i] = first_line(tokenizer.decode(row[: limits[i]]))
+        return [lines[i] for i in range(len(sources))]
 
     def seconds(size):
         start = time.perf_counter()
@@ -339,7 +341,7 @@ def evaluate(model, reference, tokenizer, sources, args):
     best = min([16, 32, 64, 128, 256, 512], key=seconds)
     lines = alternate("evaluate", ours, partial(theirs, best), args)
     # A near tie falls one way or the other with what else is in the batch.
-    same = require_same(*lines, 0.98 if args.dtype == "float32" else 0.0)
+    same = count_same(*lines, 0.98 if args.dtype == "float32" else 0.0)
     remark(f"translations: {same}; theirs in batches of {best}")
 
 
@@ -347,8 +349,9 @@ def tokenize(folder, sentences, args):
     """Sentences one by one, by a new tokenizer each time, so that no cache is warm."""
     from tokenizers import Tokenizer
 
-    path, count = str(folder / "tokenizer.json"), args.repeats + 1
+    count = args.repeats + 1
     our_tokenizers = iter([load_tokenizer(folder) for _ in range(count)])
+    path = str(folder / "tokenizer.json")
     their_tokenizers = iter([Tokenizer.from_file(path) for _ in range(count)])
 
     def ours():
@@ -360,7 +363,7 @@ def tokenize(folder, sentences, args):
         return [encode(sentence).ids for sentence in sentences]
 
     ids, same = alternate("tokenize", ours, theirs, args)
-    remark(f"{sum(map(len, ids))} tokens; {require_same(ids, same)}")
+    remark(f"{sum(map(len, ids))} tokens; {count_same(ids, same)}")
 
 
 def against(args):
@@ -385,8 +388,8 @@ def against(args):
             test = read_parallel(args.data, "test", args.pair)[: args.test_sentences]
         else:
             tokenizer = Words(model.config.vocab_size)
-            text, test = random_text(args.sentences), random_text(args.test_sentences)
-        examples = [render(tokenizer, args.pair, *pair) for pair in text[: args.sentences]]
+            text, test = random_text(SENTENCES), random_text(args.test_sentences)
+        examples = [render(tokenizer, args.pair, *pair) for pair in text[:SENTENCES]]
         train(model, reference, examples, args)
         tune(model, reference, examples, args)
         score(model, examples, args)
@@ -451,53 +454,37 @@ def one_pass(args):
     return make_batch([example] * (args.micro_tokens // SENTENCE), PAD)
 
 
-# Each makes what it needs, and returns what is then measured.
-
-
-def plan_score(config, args, groups):
-    model = random_decoder(config, getattr(torch, args.dtype))
-    return lambda: lander.neuron_awareness(model, [one_pass(args)], spread(config, args.layers))
-
-
-def plan_train(config, args, groups, checkpointing=False, everything=False):
-    model = random_decoder(config, getattr(torch, args.dtype))
-    model.checkpointing = checkpointing
-    learners = list(model.parameters()) if everything else regroup(model, groups)
-    optimizer = adamw(learners)
-    return lambda: lander.train_step(model, [one_pass(args)], optimizer, learners)
-
-
-def plan_generate(config, args, groups):
-    """A tuned model: a first pass over prompts, and the last step of a batch of translations."""
-    model = random_decoder(config, getattr(torch, args.dtype))
-    regroup(model, groups)
+def generate_last(model, args):
+    """A first pass over prompts, and the last step of a batch of translations."""
     prompt = SENTENCE - TARGET
     tokens = 4 * prompt  # the limit is three times the prompt
     rows = max(1, int(args.cache_gb * 1e9 / (model.cache_bytes() * tokens)))
     first = min(rows, PROMPTS_AT_ONCE)
-
-    @torch.no_grad()
-    def run():
-        with cast_once(model):
-            cache = Cache.empty(model, rows, tokens)
-            for store in cache.stores:
-                store.zero_()  # memory that nobody wrote to is not resident
-            ids = torch.full((rows, prompt), 5)
-            chunk = cache.part(0, first, 0)
-            model.logits(model.hidden_states(ids[:first], cache=chunk)[:, -1])
-            cache.length = tokens - 1
-            model.logits(model.hidden_states(ids[:, :1], cache=cache)[:, -1]).max(-1)
-
-    return run
+    with torch.no_grad(), cast_once(model):
+        cache = Cache.empty(model, rows, tokens)
+        for store in cache.stores:
+            store.zero_()  # memory that nobody wrote to is not resident
+        ids = torch.full((rows, prompt), 5)
+        chunk = cache.part(0, first, 0)
+        model.logits(model.hidden_states(ids[:first], cache=chunk)[:, -1])
+        cache.length = tokens - 1
+        model.logits(model.hidden_states(ids[:, :1], cache=cache)[:, -1]).max(-1)
 
 
-CASES = {
-    "score": plan_score,
-    "train": plan_train,
-    "checkpointed": partial(plan_train, checkpointing=True),
-    "train all": partial(plan_train, everything=True),  # every weight, beside the method
-    "generate": plan_generate,
-}
+CASES = "score", "train", "checkpointed", "train all", "generate"  # all: every weight
+
+
+def make_case(case, config, args, groups):
+    """Make a model and what else a case needs. -> the function that is measured"""
+    model = random_decoder(config, getattr(torch, args.dtype))
+    if case == "score":
+        return lambda: lander.neuron_awareness(model, [one_pass(args)], spread(config, args.layers))
+    learners = list(model.parameters()) if case == "train all" else regroup(model, groups)
+    if case == "generate":
+        return partial(generate_last, model, args)
+    model.checkpointing = case == "checkpointed"
+    optimizer = adamw(learners)
+    return lambda: lander.train_step(model, [one_pass(args)], optimizer, learners)
 
 
 def plan(case, config, args):
@@ -505,7 +492,7 @@ def plan(case, config, args):
     groups = random_groups(config, args.layers)  # has values
     memory = Memory(args.micro_tokens // SENTENCE * (TARGET + 1))
     with FakeTensorMode(), memory:
-        run = CASES[case](config, args, groups)
+        run = make_case(case, config, args, groups)
         run()
         memory.peak = memory.now
         run()
@@ -523,15 +510,14 @@ def measure(case, config, args):
     few = argparse.Namespace(**vars(args) | {"layers": 1, "cache_gb": cache_gb})
     with torch.device(args.device):
         # Loads libraries; those of matrix products keep buffers, which are as large as the matrices.
-        CASES[case](small, few, random_groups(small, 1))()
+        make_case(case, small, few, random_groups(small, 1))()
         groups = random_groups(config, args.layers)
         before = torch.cuda.memory_allocated() if on_gpu else resident("VmRSS")
-        run, seconds = CASES[case](config, args, groups), []
+        run, seconds = make_case(case, config, args, groups), []
         for _ in range(args.repeats + 1):
             start = time.perf_counter()
             run()
-            if on_gpu:
-                torch.cuda.synchronize()
+            synchronize(args)
             seconds.append(time.perf_counter() - start)
         peak = torch.cuda.max_memory_allocated() if on_gpu else resident("VmHWM")
         with FlopCounterMode(display=False) as counter:
@@ -540,30 +526,25 @@ def measure(case, config, args):
 
 
 def show_plan(args):
+    """Each case, planned; of `step` also measured, in a process of its own."""
     config = config_of(args)
-    print(f"{'':<14}{'GB':>8}{'TFLOP':>10}")
-    for case in CASES:
-        peak, operations = plan(case, config, args)
-        print(f"{case:<14}{peak / 1e9:>8.3f}{operations / 1e12:>10.4f}", flush=True)
-
-
-def step(args):
-    """Each case in a process of its own, beside its plan."""
-    config = config_of(args)
-    if args.case:
+    if args.command == "step" and args.case:
         return print(*measure(args.case, config, args))
-    print(describe(args))
-    print(f"{'':<14}{'GB':>8}{'planned':>9}{'TFLOP':>10}{'planned':>9}{'seconds':>9}{'TFLOP/s':>9}")
+    if args.command == "step":
+        print(describe(args))
+    print(f"{'planned':<14}{'GB':>8}{'TFLOP':>10}  measured: share of the plan, seconds, TFLOP/s")
     for case in CASES:
-        planned_peak, planned_operations = plan(case, config, args)
-        words = [sys.executable, __file__, *sys.argv[1:], "--case", case]
-        # Or else the C library keeps what was freed.
-        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-        done = subprocess.run(words, check=True, stdout=subprocess.PIPE, env=environment)
-        peak, operations, seconds = map(float, done.stdout.split())
-        row = f"{case:<14}{peak / 1e9:>8.3f}{planned_peak / peak:>9.1%}{operations / 1e12:>10.4f}"
-        row += f"{planned_operations / operations:>9.1%}{seconds:>9.3f}"
-        print(f"{row}{operations / seconds / 1e12:>9.3f}", flush=True)
+        planned, operations = plan(case, config, args)
+        print(f"{case:<14}{planned / 1e9:>8.3f}{operations / 1e12:>10.4f}", end="", flush=True)
+        if args.command == "step":
+            words = [sys.executable, __file__, *sys.argv[1:], "--case", case]
+            # Or else the C library keeps what was freed.
+            environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+            done = subprocess.run(words, check=True, stdout=subprocess.PIPE, env=environment)
+            peak, done_operations, seconds = map(float, done.stdout.split())
+            print(f"{peak / planned:>10.1%}{done_operations / operations:>8.1%}", end="")
+            print(f"{seconds:>9.3f}{operations / seconds / 1e12:>8.3f}", end="")
+        print()
 
 
 # Family and sizes, as their config.json say.
@@ -599,6 +580,9 @@ def show_table(args):
 # Startup: how long millions of pairs take before the first step, and how much memory
 
 
+MANY_PAIRS = 5_000_000
+
+
 def startup(args):
     """Read a text, repeated, as a run does, up to the first step's batches."""
     tokenizer = load_tokenizer(args.weights)
@@ -609,7 +593,7 @@ def startup(args):
             lines = "".join(f"{row[side]}\n" for row in text)
             Path(folder, f"test.{args.pair}.{code}").write_text(lines)
             with open(f"{folder}/train.{args.pair}.{code}", "w", encoding="utf-8") as file:
-                for _ in range(args.pairs // len(text)):
+                for _ in range(MANY_PAIRS // len(text)):
                     file.write(lines)
         both = f"{target}-{source},{args.pair}"
         settings = lander.Settings(data=folder, pair=args.pair, score_pairs=both, eval_sentences=1)
@@ -617,6 +601,7 @@ def startup(args):
         inputs = lander.read_inputs(tokenizer, [args.pair], settings)
         for path in inputs.paths.values():
             fingerprint(path)
+        settings = replace(settings, max_tokens=inputs.max_tokens)
         next(lander.step_batches(tokenizer, inputs.train, settings, start=0))
         seconds, pairs = time.monotonic() - start, len(inputs.train[args.pair])
         memory = (resident("RssAnon") - before) / pairs
@@ -669,26 +654,22 @@ OPTIONS = {
     "data": {"type": Path, "help": "parallel text (against: random words)"},
     "pair": {"default": "en-de", "help": "of --data (en-de)"},
     "device": {"default": "cpu", "choices": ["cpu", "cuda"]},
-    "dtype": {"default": "float32", "choices": ["float32", "bfloat16", "float16"]},
+    "dtype": {"default": "float32", "choices": ["float32", "bfloat16"]},
     "layers": {"type": int, "default": 4, "help": "that learn or are scored (4)"},
     "micro-tokens": {"type": int, "default": 2048, "help": "in a pass (2048)"},
     "cache-gb": {"type": float, "default": 2.0, "help": "as in lander.py (2)"},
     "repeats": {"type": int, "default": 5, "help": "timed runs of each (5)"},
-    "sentences": {"type": int, "default": 80, "help": "in the training batch (80)"},
-    "new-tokens": {"type": int, "default": 48, "help": "at most, after each prompt (48)"},
     "test-sentences": {"type": int, "default": 1000, "help": "to translate (1000)"},
-    "pairs": {"type": int, "default": 5_000_000, "help": "of the text, repeated (5 million)"},
     "tokenizer": {"type": Path, "required": True, "help": "a tokenizer.json"},
     "folder": {"type": Path, "required": True, "help": "for weights and runs"},
     "lander": {"type": Path, "default": LANDER, "help": "another version's lander.py"},
     "case": {"choices": CASES, "help": "measure this one, in this process"},
 }
 COMMANDS = {
-    "against": "weights shape family data pair device dtype layers repeats sentences new-tokens"
-    " test-sentences",
+    "against": "weights shape family data pair device dtype layers repeats test-sentences",
     "plan": "weights shape family dtype layers micro-tokens cache-gb",
     "step": "weights shape family device dtype layers micro-tokens cache-gb repeats case",
-    "startup": "weights data pair pairs",
+    "startup": "weights data pair",
     "large": "shape tokenizer folder lander",
 }
 
@@ -708,8 +689,8 @@ def main():
     table = args.command == "plan" and not (args.weights or args.shape)
     if table:
         return show_table(args)
-    run = {"against": against, "plan": show_plan, "step": step, "startup": startup, "large": large}
-    return run[args.command](args)
+    tools = {"against": against, "startup": startup, "large": large}
+    return tools.get(args.command, show_plan)(args)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,6 @@
     python study/compare.py ... --chosen                 # all pairs translated, at the best rates
     python study/compare.py --plot DIR                   # what was measured, without running
 
-One cell is a method at a learning rate with a seed: a line in DIR/results.jsonl. Cells that are
-there are passed over, so that a grid can be stopped, go on, and be split over machines.
-
 methods.py has the methods. Behind a name may stand, in this order:
 
     :300         only that many training sentences, in as many steps
@@ -17,9 +14,8 @@ methods.py has the methods. Behind a name may stand, in this order:
     +fisher=R    the same, each weight by how much other pairs' loss needs it
     +kl=B        adds B * KL(start || now) on other pairs' sources, with the start's translations
 
-A cell measures: of the tuned pair BLEU and chrF on test; of every pair the loss of its references on
-valid; of every other pair the KL from the start. With several pairs in --pair, --tune says how:
-together, each alone (a cell for each), or in-turn, one after another with evaluation after each.
+With several pairs in --pair, --tune says how: together, each alone (a cell for each), or in-turn,
+one after another with evaluation after each.
 """
 
 import argparse
@@ -42,7 +38,8 @@ from sacrebleu.metrics import BLEU
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lander
 from data import InputError, exit_status, group_by_length, locked, make_batch, make_batches
-from data import read_json, read_lines, read_tensors, render, split_pair, write_json, write_tensors
+from data import open_parallel, read_json, read_lines, read_tensors, render, split_pair, write_json
+from data import write_lines, write_tensors
 from model import load_model
 from study import demo, methods
 from study.methods import GROUPS, METHODS, Context
@@ -53,7 +50,7 @@ from study.methods import GROUPS, METHODS, Context
 
 
 class Cell(NamedTuple):
-    """What is trained, how, and on which pairs."""
+    """What is trained, how, and on which pairs: a line of results.jsonl."""
 
     method: str  # with all that stands behind its name
     rate: float
@@ -62,9 +59,6 @@ class Cell(NamedTuple):
 
     def name(self):
         return f"{self.method} {self.rate:g} {self.seed} {','.join(self.pairs)}"
-
-    def folder(self, out):
-        return out / "cells" / self.name()
 
 
 class Recipe(NamedTuple):
@@ -79,53 +73,46 @@ class Recipe(NamedTuple):
 
 
 NUMBER = r"(\d*\.?\d+)"
-FORM = (
-    rf"([^:+]+)(?::(\d+))?(\+replay)?(?:\+decay={NUMBER})?(?:\+fisher={NUMBER})?(?:\+kl={NUMBER})?"
-)
+FORM = rf"([^:+]+)(?::(\d+))?(\+replay)?(\+decay={NUMBER})?(\+fisher={NUMBER})?(\+kl={NUMBER})?"
 
 
 def parse_method(text):
-    """ "lora-all:300+kl=1" -> Recipe("lora-all", 300, False, None, None, 1.0)
-
-    InputError for what is no method.
-    """
+    """ "lora-all:300+kl=1" -> Recipe("lora-all", 300, False, None, None, 1.0)"""
     match = re.fullmatch(FORM, text)
     if not match or match[1] not in METHODS:
         expected = f"expected {', '.join(METHODS)}, with :N, +replay, +decay=R, +fisher=R, +kl=B"
         raise InputError(f"method {text!r}: {expected}")
-    name, size, replay, *numbers = match.groups()
-    numbers = [number and float(number) for number in numbers]
+    name, size, replay, _, decay, _, fisher, _, kl = match.groups()
+    numbers = [number and float(number) for number in (decay, fisher, kl)]
     return Recipe(name, size and int(size), bool(replay), *numbers)
 
 
-def spread_evenly(*sequences):
-    """Merge sequences so that each is spread over the whole.
-
-    [1, 2, 3, 4], [5, 6] -> [1, 5, 2, 3, 6, 4]
-    """
+def spread_evenly(first, second):
+    """Merge, each spread over the whole. [1, 2, 3, 4], [5, 6] -> [1, 5, 2, 3, 6, 4]"""
     placed = []
-    for sequence in sequences:
-        placed += [((i + 0.5) / len(sequence), item) for i, item in enumerate(sequence)]
+    for items in (first, second):
+        placed += [((i + 0.5) / len(items), item) for i, item in enumerate(items)]
     return [item for _, item in sorted(placed, key=lambda both: both[0])]
 
 
-def plan(examples, others, recipe, settings):
-    """The steps of a training, each [(pair, numbers of its examples), ...].
+def plan(text, others, recipe, settings):
+    """The steps of a training, each [(pair, numbers of its sentences), ...].
 
-    examples, others: tuned and replayed pair -> sequence. The scripts mix all tuned pairs in a step.
+    text, others: tuned and replayed pair -> sequence. The scripts mix all tuned pairs in a step.
     """
-    batch = settings.batch
-    seed = settings.seed
-    count = lander.count_steps(examples, settings)
+    batch, seed = settings.batch, settings.seed
+    count = lander.count_steps(text, settings)
+    sizes = {pair: len(own) for pair, own in text.items()}
     if recipe.name == "scripts":
-        size = math.ceil(batch / len(examples))
-        turns = [lander.schedule({pair: own}, size, seed) for pair, own in examples.items()]
+        share = math.ceil(batch / len(sizes))
+        turns = [lander.schedule({pair: size}, share, seed) for pair, size in sizes.items()]
         steps = list(islice(zip(*turns), count))
     else:
-        steps = [[turn] for turn in islice(lander.schedule(examples, batch, seed), count)]
+        steps = [[turn] for turn in islice(lander.schedule(sizes, batch, seed), count)]
     if recipe.replay:
-        count = sum(math.ceil(len(own) / batch) for own in others.values())
-        replayed = [[turn] for turn in islice(lander.schedule(others, batch, seed), count)]
+        sizes = {pair: len(own) for pair, own in others.items()}
+        count = sum(math.ceil(size / batch) for size in sizes.values())
+        replayed = [[turn] for turn in islice(lander.schedule(sizes, batch, seed), count)]
         steps = spread_evenly(steps, replayed)
     return steps
 
@@ -146,7 +133,6 @@ def train(model, context, learners, start, pairs, recipe):
             size = min(recipe.size, len(own))
             tuned[pair] = random.Random(settings.seed).sample(own, size)
     others = {pair: own for pair, own in context.inputs.scoring.items() if pair not in pairs}
-    text = others | tuned
     steps = plan(tuned, others, recipe, settings)
     parameters = lander.merged({pair: learners[pair] for pair in pairs})
     strengths = keeper_strengths(model, parameters, others, recipe)
@@ -154,20 +140,29 @@ def train(model, context, learners, start, pairs, recipe):
     rng = random.Random(settings.seed)
     decay = 0.0 if strengths else lander.WEIGHT_DECAY
     optimizer = torch.optim.AdamW(parameters.values(), weight_decay=decay, fused=True)
+    weighted_kl = lambda model, batch: (
+        recipe.kl * methods.kl_from_start(model, batch, parameters, start)
+    )
     progress = lander.Progress("training", len(steps), "steps")
     for number, turns in enumerate(steps):
         rate = lander.learning_rate(number, len(steps), settings.lr)
         optimizer.param_groups[0]["lr"] = rate
-        own = lander.merged({pair: learners.get(pair, parameters) for pair, _ in turns})
+        learning = lander.merged({pair: learners.get(pair, parameters) for pair, _ in turns})
         model.requires_grad_(False)
-        for parameter in own.values():
+        for parameter in learning.values():
             parameter.requires_grad_(True)
-        examples = {pair: [text[pair][i] for i in numbers] for pair, numbers in turns}
-        add_gradients(model, context, examples)
+        examples = {}
+        for pair, numbers in turns:
+            if pair in tuned:
+                own = [render(context.tokenizer, pair, *tuned[pair][i]) for i in numbers]
+                examples[pair] = lander.short_enough(own, context.inputs.max_tokens)
+            else:
+                examples[pair] = [others[pair][i] for i in numbers]
+        add_gradients(model, context, examples, lander.target_loss)
         if recipe.kl is not None:
             chosen = rng.sample(kept, min(KEPT_SENTENCES, len(kept)))
-            add_kl_gradients(model, context, chosen, parameters, start, recipe.kl)
-        norm = torch.nn.utils.clip_grad_norm_(own.values(), lander.CLIP_NORM)
+            add_gradients(model, context, {None: chosen}, weighted_kl)
+        norm = torch.nn.utils.clip_grad_norm_(learning.values(), lander.CLIP_NORM)
         if norm.isfinite():
             optimizer.step()
             if strengths:
@@ -178,29 +173,17 @@ def train(model, context, learners, start, pairs, recipe):
 
 
 def micro_batches(context, examples):
-    """Batches of those that are not too long: these are None."""
-    fitting = [example for example in examples if example]
-    return list(make_batches(fitting, context.tokenizer.pad_id, context.settings.micro_tokens))
+    return list(make_batches(examples, context.tokenizer.pad_id, context.settings.micro_tokens))
 
 
-def add_gradients(model, context, examples):
-    """Of the loss of a target token. examples: pair -> those of a step"""
+def add_gradients(model, context, examples, loss_of):
+    """Of what loss_of(model, batch) sums up, for a target token. examples: pair -> those of a step"""
     batches = {pair: micro_batches(context, own) for pair, own in examples.items()}
     tokens = sum(lander.count_targets(own) for own in batches.values())
     for pair, own in batches.items():
         methods.route(model, pair)
         for batch in own:
-            (lander.target_loss(model, batch) / tokens).backward()
-
-
-def add_kl_gradients(model, context, examples, parameters, start, weight):
-    """Of weight * KL(start || now) of a target token."""
-    batches = micro_batches(context, examples)
-    tokens = lander.count_targets(batches)
-    methods.route(model, None)
-    for batch in batches:
-        drift = methods.kl_from_start(model, batch, parameters, start)
-        (weight * drift / tokens).backward()
+            (loss_of(model, batch) / tokens).backward()
 
 
 FISHER_SENTENCES = 20  # of each other pair
@@ -220,15 +203,15 @@ def keeper_strengths(model, parameters, others, recipe):
 
 
 def run_cell(context, out, cell, tune, everything=False):
-    """Train and measure one method. -> its line of results.jsonl, and its arrays for each sentence
+    """Train and measure one method. everything: translate the other pairs' test text, too
 
-    everything: translate the other pairs' test text, too
+    -> its line of results.jsonl; pair -> what sentence_losses gives; and what bleu_counts gives
     """
     began = time.process_time()
     recipe = parse_method(cell.method)
     settings = replace(context.settings, lr=cell.rate, seed=cell.seed)
     context = context._replace(settings=settings, tuned=list(cell.pairs))
-    folder = cell.folder(out)
+    folder = out / "cells" / cell.name()
     torch.manual_seed(cell.seed)
     model = load_model(settings.weights, *lander.choose_device(settings)).requires_grad_(False)
     learners = METHODS[recipe.name](model, context)
@@ -249,7 +232,7 @@ def run_cell(context, out, cell, tune, everything=False):
     wanted = context.inputs.test if everything or tune == "in-turn" else cell.pairs
     line["after"], counts = evaluate(model, context, wanted, folder)
     line["seconds"] = round(time.process_time() - began, 1)  # of a core
-    return line, arrays(losses, counts, context)
+    return line, losses, counts
 
 
 # --------------------------------------------------------------------------------------------------
@@ -262,28 +245,28 @@ VALID_SENTENCES = 100  # of each pair
 @torch.no_grad()
 def sentence_losses(model, context):
     """pair -> the summed loss of each valid sentence, [V]"""
-    found = {}
+    losses = {}
     for pair, examples in context.valid.items():
         methods.route(model, pair)
-        found[pair] = torch.zeros(len(examples))
+        losses[pair] = torch.zeros(len(examples))
         lengths = [len(prompt) + len(target) for prompt, target in examples]
         for group in group_by_length(lengths, context.settings.micro_tokens):
             batch = make_batch([examples[i] for i in group], context.tokenizer.pad_id)
-            ids, mask, targets = lander.to_device(batch, model)
-            wanted = targets != -100  # [B, T]
-            logits = model.logits(model.hidden_states(ids, mask)[wanted]).float()
-            losses = torch.zeros(wanted.shape, device=ids.device)
-            losses[wanted] = -logits.log_softmax(-1).gather(1, targets[wanted][:, None])[:, 0]
-            found[pair][group] = losses.sum(1).cpu()
-    return found
+            targets = batch.targets.to(model.embedding.weight.device)
+            each = torch.zeros(targets.shape, device=targets.device)  # [B, T]
+            found = methods.log_probabilities(model, batch)  # [N, V]
+            wanted = targets != -100
+            each[wanted] = -found.gather(1, targets[wanted][:, None])[:, 0]
+            losses[pair][group] = each.sum(1).cpu()
+    return losses
 
 
 def target_tokens(context):
     """pair -> target tokens of each valid sentence, [V]"""
-    found = {}
+    tokens = {}
     for pair, examples in context.valid.items():
-        found[pair] = torch.tensor([float(len(target)) for _, target in examples])
-    return found
+        tokens[pair] = torch.tensor([float(len(target)) for _, target in examples])
+    return tokens
 
 
 def mean_losses(losses, context):
@@ -295,7 +278,7 @@ def mean_losses(losses, context):
 @torch.no_grad()
 def drift_from_start(model, context, parameters, start):
     """Untuned pair -> KL(start || now) of a token of the start's own translations."""
-    found = {}
+    drifts = {}
     methods.route(model, None)
     for pair, examples in context.start_text["valid"].items():
         if pair not in context.tuned:
@@ -303,8 +286,8 @@ def drift_from_start(model, context, parameters, start):
             total = 0.0
             for batch in batches:
                 total += methods.kl_from_start(model, batch, parameters, start).item()
-            found[pair] = total / lander.count_targets(batches)
-    return found
+            drifts[pair] = total / lander.count_targets(batches)
+    return drifts
 
 
 def evaluate(model, context, pairs, folder):
@@ -313,11 +296,14 @@ def evaluate(model, context, pairs, folder):
     counts = {}
     for pair in pairs:
         text = context.inputs.test[pair]
-        path = folder / f"{pair}.txt"
+        limit = context.inputs.new_tokens.get(pair, lander.NEW_TOKENS)
         methods.route(model, pair)
-        found = lander.evaluate(model, context.tokenizer, pair, text, context.settings, path)
+        lines, found = lander.evaluate(
+            model, context.tokenizer, pair, text, context.settings, limit
+        )
+        write_lines(folder / f"{pair}.txt", lines)
         scores[pair] = {metric: round(found[metric], 3) for metric in ("bleu", "chrf")}
-        counts[pair] = bleu_counts(pair, read_lines(path), [target for _, target in text])
+        counts[pair] = bleu_counts(pair, lines, [target for _, target in text])
     return scores, counts
 
 
@@ -350,14 +336,6 @@ def by_kind(values, tuned):
     return total
 
 
-def arrays(losses, counts, context):
-    """What the bootstrap needs of a cell with one tuned pair: {"bleu": [N, 6], "loss": [3, V]}"""
-    if len(context.tuned) > 1:
-        return {}
-    (pair,) = context.tuned
-    return {"bleu": counts[pair], "loss": by_kind(losses, context.tuned)}
-
-
 # --------------------------------------------------------------------------------------------------
 # A grid
 
@@ -365,14 +343,13 @@ def arrays(losses, counts, context):
 def prepare(settings, out):
     """Read what all cells need; score layers, neurons and channels once, of all layers. -> Context"""
     tuned = lander.choose_pairs(settings.pair, settings.data, "train")
-    config, tokenizer = lander.open_checkpoint(settings.weights)
-    lander.check_layer_count(settings.layers, config.layers - 1)
+    config, tokenizer, _ = lander.open_checkpoint(settings.weights)
+    lander.select_layers(torch.zeros(config.layers - 1), settings.layers)  # too many show at once
     inputs = lander.read_inputs(tokenizer, tuned, settings)
     model = load_model(settings.weights, *lander.choose_device(settings)).requires_grad_(False)
     path = out / "layers.json"
     lander.analyse_layers(model, tokenizer, inputs.scoring, tuned, settings, path)
-    analysis = read_json(path, {str: {"differences": [float]}})
-    differences = {pair: analysis[pair]["differences"] for pair in tuned}
+    differences = {pair: own["differences"] for pair, own in read_json(path).items()}
     path = out / "awareness.safetensors"
     if not path.exists():
         write_tensors(path, score(model, tokenizer, inputs, settings))
@@ -385,18 +362,17 @@ def prepare(settings, out):
             _, code, module = name.split(" ")
             languages.setdefault(code, {})[module] = own
     adjacent = methods.adjacent_layers(scores["differences with targets"], settings.layers)
-    context = Context(settings, tokenizer, inputs, tuned, differences, neurons, channels)
-    context = context._replace(adjacent=adjacent, languages=languages)
-    context = context._replace(valid=read_valid(context))
-    path = out / "start.json"  # the start's own translations
+    valid = read_valid(tokenizer, inputs, settings)
+    path = out / "start.json"
     if not path.exists():
-        write_json(path, translate_sources(model, context))
-    translated = {}
-    for split, pairs in read_json(path, {}).items():
-        translated[split] = {}
+        write_json(path, translate_sources(model, tokenizer, inputs, settings))
+    start_text = {}
+    for split, pairs in read_json(path).items():
+        start_text[split] = {}
         for pair, text in pairs.items():
-            translated[split][pair] = [render(tokenizer, pair, *both) for both in text]
-    context = context._replace(start_text=translated)
+            start_text[split][pair] = [render(tokenizer, pair, *both) for both in text]
+    units = differences, neurons, channels, adjacent, languages
+    context = Context(settings, tokenizer, inputs, tuned, *units, valid, start_text)
     if not (out / "before.json").exists():
         write_before(model, context, out)
     return context
@@ -414,7 +390,7 @@ def score(model, tokenizer, inputs, settings):
             own = lander.neuron_awareness(model, made, range(model.config.layers), reader)
             scores[f"{pair} {reader}"] = own
         means.append(lander.activation_means(model, batches))
-        text = lander.read_text(settings, "train", pair, {})[: settings.score_sentences]
+        text = open_parallel(settings.data, "train", pair)[: settings.score_sentences]
         for code, sentences in zip(split_pair(pair), zip(*text)):
             languages.setdefault(code, [tokenizer.encode(sentence) for sentence in sentences])
     scores["differences with targets"] = lander.layer_differences(torch.stack(means).mean(0))
@@ -424,35 +400,31 @@ def score(model, tokenizer, inputs, settings):
     return scores
 
 
-def read_valid(context):
+def read_valid(tokenizer, inputs, settings):
     """pair -> the first valid sentences, rendered: of every pair the same ones."""
-    found = {}
-    for pair in context.inputs.scoring:
-        text = lander.read_text(context.settings, "valid", pair, {})[:VALID_SENTENCES]
-        found[pair] = [render(context.tokenizer, pair, *both) for both in text]
-    if len({len(own) for own in found.values()}) > 1:
-        raise InputError(
-            f"{context.settings.data}: valid text is not the same sentences in all pairs"
-        )
-    return found
+    valid = {}
+    for pair in inputs.scoring:
+        text = open_parallel(settings.data, "valid", pair)[:VALID_SENTENCES]
+        valid[pair] = [render(tokenizer, pair, *both) for both in text]
+    if len({len(own) for own in valid.values()}) > 1:
+        raise InputError(f"{settings.data}: valid text is not the same sentences in all pairs")
+    return valid
 
 
 START_SENTENCES = {"train": 60, "valid": 30}  # of each pair
 
 
-def translate_sources(model, context):
+def translate_sources(model, tokenizer, inputs, settings):
     """split -> pair -> [(source, what the start makes of it), ...]"""
-    found = {}
+    translated = {}
     for split, size in START_SENTENCES.items():
-        found[split] = {}
-        for pair in context.inputs.scoring:
-            text = lander.read_text(context.settings, split, pair, {})[:size]
-            sources = [source for source, _ in text]
-            what = pair, list(enumerate(sources)), context.settings, f"translating {pair}"
-            lines = lander.translate_lines(model, context.tokenizer, *what)
-            done = {number: line for number, line, _ in lines}
-            found[split][pair] = [(source, done[i]) for i, source in enumerate(sources)]
-    return found
+        translated[split] = {}
+        for pair in inputs.scoring:
+            sources = [source for source, _ in open_parallel(settings.data, split, pair)[:size]]
+            what = pair, list(enumerate(sources)), settings, f"translating {pair}"
+            lines = lander.translate_lines(model, tokenizer, *what)
+            translated[split][pair] = [(sources[number], line) for number, line, _ in lines]
+    return translated
 
 
 def write_before(model, context, out):
@@ -468,24 +440,15 @@ def write_before(model, context, out):
     write_json(out / "before.json", {"scores": scores, "valid_loss": means})
 
 
-def given(settings):
-    """The settings that differ from the defaults, and say what a grid is."""
-    defaults = asdict(lander.Settings())
-    values = asdict(settings).items()
-    return {key: value for key, value in values if value != defaults[key] and key != "out"}
-
-
 def check_grid(path, settings, tune):
-    """One folder holds one grid. InputError if it holds another."""
-    recorded = given(settings) | {"tune": tune}
-    if path.exists() and read_json(path, {}) != recorded:
-        raise InputError(f"{path}: a grid with other settings, expected {json.dumps(recorded)}")
-    write_json(path, recorded)
-
-
-def append(path, line):
-    with open(path, "a", encoding="utf-8") as file:
-        print(json.dumps(line, ensure_ascii=False), file=file)
+    """One folder holds one grid, of settings that are not the defaults. InputError if of others."""
+    defaults = asdict(lander.Settings())
+    given = {key: own for key, own in asdict(settings).items() if own != defaults[key]}
+    del given["out"]
+    given["tune"] = tune
+    if path.exists() and read_json(path) != given:
+        raise InputError(f"{path}: a grid with other settings, expected {json.dumps(given)}")
+    write_json(path, given)
 
 
 def run_grid(args, settings, out):
@@ -495,12 +458,9 @@ def run_grid(args, settings, out):
         parse_method(name)
     check_grid(out / "grid.json", settings, args.tune)
     context = prepare(settings, out)
-    together = [tuple(context.tuned)]
-    if args.tune == "each":
-        together = [(pair,) for pair in context.tuned]
-    cells = []
-    for seed, rate, name, pairs in product(args.seeds, args.rates, names, together):
-        cells.append(Cell(name, rate, seed, pairs))
+    tuned = [(pair,) for pair in context.tuned] if args.tune == "each" else [tuple(context.tuned)]
+    choices = product(args.seeds, args.rates, names, tuned)
+    cells = [Cell(name, rate, seed, pairs) for seed, rate, name, pairs in choices]
     path = out / "results.jsonl"
     if args.chosen:
         path = out / "chosen.jsonl"
@@ -510,26 +470,22 @@ def run_grid(args, settings, out):
     for cell in cells:
         if cell in done:
             continue
-        line, sentences = run_cell(context, out, cell, args.tune, args.chosen)
-        if sentences and not args.chosen:
-            write_sentences(out / "sentences.safetensors", cell, sentences)
-        append(path, line)
-        gained = ""
-        for pair in cell.pairs:
-            gained += f" {line['after'][pair]['bleu']:.2f}"
+        line, losses, counts = run_cell(context, out, cell, args.tune, args.chosen)
+        if len(cell.pairs) == 1 and not args.chosen:
+            write_sentences(out / "sentences.safetensors", cell, losses, counts)
+        with open(path, "a", encoding="utf-8") as file:
+            print(json.dumps(line, ensure_ascii=False), file=file)
+        gained = "".join(f" {line['after'][pair]['bleu']:.2f}" for pair in cell.pairs)
         drift = mean(line["kl"].values()) if line["kl"] else math.nan
         lander.say(f"{cell.name()}: BLEU{gained}, KL {drift:.4f}, {line['seconds']} s")
 
 
-def write_sentences(path, cell, sentences):
-    """Add a cell's arrays: what BLEU counts, and how the losses changed, in 16 bits each."""
+def write_sentences(path, cell, losses, counts):
+    """Add a cell's [N, 6] of bleu_counts, and how the losses changed by kind, [3, V] in 16 bits."""
     tensors = read_tensors(path)
-    before = {}
-    for name, own in tensors.items():
-        if name.startswith("before ") and name.endswith(" loss"):
-            before[name.split(" ")[1]] = own
-    change = sentences["loss"] - by_kind(before, cell.pairs)
-    tensors[f"{cell.name()} bleu"] = sentences["bleu"]
+    before = {pair: tensors[f"before {pair} loss"] for pair in losses}
+    change = by_kind(losses, cell.pairs) - by_kind(before, cell.pairs)
+    tensors[f"{cell.name()} bleu"] = counts[cell.pairs[0]]
     tensors[f"{cell.name()} loss"] = change.half()
     write_tensors(path, tensors)
 
@@ -544,7 +500,7 @@ def read_results(out, name="results.jsonl"):
     if not path.exists():
         return []
     lines = [json.loads(line) for line in read_lines(path)]
-    before = read_json(out / "before.json", {})
+    before = read_json(out / "before.json")
     return [{"before": before.get("scores", before)} | line for line in lines]
 
 
@@ -565,6 +521,11 @@ def gains(line, metric="bleu"):
     return {kind: mean(own) if own else math.nan for kind, own in kinds.items()}
 
 
+def changes(lines, kind, metric="bleu"):
+    """gains() of one kind, of several lines."""
+    return [gains(line, metric)[kind] for line in lines]
+
+
 def by_method(lines):
     """method -> rate -> its lines, a seed or a pair each"""
     cells = {}
@@ -583,6 +544,11 @@ def best_rate(rates):
     return min(rates, key=lambda rate: valid_loss(rates[rate]))
 
 
+def at_best_rate(lines):
+    """The lines of each method at its best rate."""
+    return [line for rates in by_method(lines).values() for line in rates[best_rate(rates)]]
+
+
 EQUAL_FORGETTING = 1.0, 2.0  # BLEU
 
 
@@ -591,8 +557,7 @@ def gain_at_equal_forgetting(rates, limit):
     start through the means at each rate. rates: rate -> lines"""
     points = [(0.0, 0.0)]  # lost by the others, gained by the tuned
     for lines in rates.values():
-        lost = -mean(gains(line)["others"] for line in lines)
-        points.append((lost, mean(gains(line)["tuned"] for line in lines)))
+        points.append((-mean(changes(lines, "others")), mean(changes(lines, "tuned"))))
     best = max(gained for lost, gained in points if lost <= limit)
     for (lost, gained), (more_lost, more_gained) in zip(points, points[1:]):
         if min(lost, more_lost) <= limit < max(lost, more_lost):
@@ -606,19 +571,27 @@ def spread(values):
     return f"{mean(values):+.2f} ({min(values):+.2f} to {max(values):+.2f})"
 
 
+def table(head, rows):
+    """Print a table in Markdown."""
+    widths = [max(len(str(row[i])) for row in [head, *rows]) for i in range(len(head))]
+    print()
+    for row in [head, ["-" * width for width in widths], *rows]:
+        cells = [f"{cell!s:<{width}}" for cell, width in zip(row, widths)]
+        print("| " + " | ".join(cells) + " |")
+
+
 def show_table(lines):
     """Change of BLEU over seeds, of every method at its best rate, and at equal forgetting."""
-    print(f"{'method':<21}{'rate':>7}{'cells':>6}{'weights':>10}{'valid':>7}", end="")
-    print(f"{'tuned':>27}{'others':>27}  tuned, where others lose {EQUAL_FORGETTING}")
+    rows = []
     for name, rates in by_method(lines).items():
         rate = best_rate(rates)
-        own = rates[rate]
-        row = f"{name:<21}{rate:>7g}{len(own):>6}{own[0]['trained']:>10,}{valid_loss(own):>7.3f}"
-        for kind in ("tuned", "others"):
-            row += f"{spread([gains(line)[kind] for line in own]):>27}"
-        for limit in EQUAL_FORGETTING:
-            row += f"{gain_at_equal_forgetting(rates, limit):>+10.2f}"
-        print(row)
+        best = rates[rate]
+        row = [name, f"{rate:g}", len(best), f"{best[0]['trained']:,}", f"{valid_loss(best):.3f}"]
+        row += [spread(changes(best, kind)) for kind in ("tuned", "others")]
+        row += [f"{gain_at_equal_forgetting(rates, limit):+.2f}" for limit in EQUAL_FORGETTING]
+        rows.append(row)
+    limits = [f"tuned, where others lose {limit:g}" for limit in EQUAL_FORGETTING]
+    table(["method", "rate", "cells", "weights", "valid", "tuned", "others", *limits], rows)
 
 
 def pyplot():
@@ -640,6 +613,14 @@ IN_EVERY_ROW = {"lander": "black", "lora-all": "dimgray", "attention": "darkgray
 MARKERS = "osD^vPX<>*dph"
 
 
+def dots_and_means(axes, groups, label, **style):
+    """A dot for each (x, y) of each group, and a line through the groups' means."""
+    for points in groups:
+        axes.plot(*zip(*points), linestyle="", alpha=0.35, markersize=4, **style)
+    means = [[mean(values) for values in zip(*points)] for points in groups]
+    axes.plot(*zip(*means), label=label, linewidth=1, **style)
+
+
 def draw_front(lines, path):
     """What was gained against what was forgotten: a line a method from the start over its rates, a
     dot a seed."""
@@ -652,20 +633,16 @@ def draw_front(lines, path):
     shape = {"figsize": (11, 3.4 * len(rows)), "squeeze": False}
     figure, panels = plt.subplots(len(rows), 2, sharex=True, sharey=True, **shape)
     for row, (title, group) in zip(panels, rows.items()):
-        names = [name for name in IN_EVERY_ROW if name in cells]
-        names += [name for name in group if name in cells and name not in IN_EVERY_ROW]
-        for number, name in enumerate(names):
-            color = IN_EVERY_ROW.get(name) or plt.cm.tab10(number % 10)
-            style = {"color": color, "marker": MARKERS[number % len(MARKERS)]}
-            for axes, kind in zip(row, ("same target", "other target")):
-                means = [(0.0, 0.0)]
+        names = [name for name in dict.fromkeys([*IN_EVERY_ROW, *group]) if name in cells]
+        for axes, target in zip(row, ("same target", "other target")):
+            for number, name in enumerate(names):
+                color = IN_EVERY_ROW.get(name) or plt.cm.tab10(number % 10)
+                groups = [[(0.0, 0.0)]]
                 for own in cells[name].values():
-                    points = [(gains(line)[kind], gains(line)["tuned"]) for line in own]
-                    axes.plot(*zip(*points), linestyle="", alpha=0.35, markersize=4, **style)
-                    means.append([mean(values) for values in zip(*points)])
-                axes.plot(*zip(*means), label=name, linewidth=1, **style)
-        for axes, target in zip(row, ("the same target", "another target")):
-            axes.set_xlabel(f"change of BLEU, other pairs into {target}")
+                    groups.append(list(zip(changes(own, target), changes(own, "tuned"))))
+                marker = MARKERS[number % len(MARKERS)]
+                dots_and_means(axes, groups, name, color=color, marker=marker)
+            axes.set_xlabel(f"change of BLEU, other pairs, {target}")
             axes.set_xlim(left=max(axes.get_xlim()[0], FARTHEST))
             axes.grid(alpha=0.3)
         row[0].set_title(title, loc="left")
@@ -691,40 +668,35 @@ def forgetting(lines):
     return found
 
 
+def draw_cells(axes, values, texts, rows, columns, limits, cmap):
+    """A map with text in its cells. values: [rows, columns], NaN for none; texts: cell -> text"""
+    mesh = {"cmap": cmap, "vmin": limits[0], "vmax": limits[1]}
+    axes.pcolormesh(values.numpy(), edgecolors="white", linewidth=1, **mesh)
+    axes.invert_yaxis()
+    for (row, column), text in texts.items():
+        axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=8)
+    axes.set_xticks([column + 0.5 for column in range(len(columns))], columns)
+    axes.set_yticks([row + 0.5 for row in range(len(rows))], rows)
+    axes.tick_params(length=0)
+
+
 def draw_matrix(lines, path):
     """What tuning the pair of a row, alone or after those above it, did to every pair."""
     plt = pyplot()
-    found = forgetting(best_lines(lines))
+    found = forgetting(at_best_rate(lines))
     count = max(len(rows) for rows in found.values())
     size = 8, len(found) * (1 + 0.3 * count)
     figure, panels = plt.subplots(len(found), 1, figsize=size, squeeze=False)
     for axes, (name, rows) in zip(panels[:, 0], found.items()):
         values = torch.tensor([list(row.values()) for row in rows.values()])
+        texts = {place: f"{value:+.1f}" for place, value in np.ndenumerate(values.numpy())}
         limit = 1.8 * values.abs().max().item()  # no color so dark that it hides the number
-        axes.imshow(values, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto")
-        for (y, x), value in np.ndenumerate(values.numpy()):
-            axes.text(x, y, f"{value:+.1f}", ha="center", va="center", fontsize=8)
         pairs = list(next(iter(rows.values())))
-        axes.set_xticks(range(len(pairs)), pairs, rotation=45)
-        axes.set_yticks(range(len(rows)), list(rows))
+        draw_cells(axes, values, texts, list(rows), pairs, (-limit, limit), "PuOr")
+        axes.tick_params(axis="x", rotation=45)
         axes.set_title(name)
     figure.tight_layout()
     save(figure, path)
-
-
-def best_lines(lines):
-    """The cells of each method at its best rate."""
-    return [line for rates in by_method(lines).values() for line in rates[best_rate(rates)]]
-
-
-def series(lines, pattern):
-    """Methods named by a pattern with one number in it: group 1 -> number -> lines at best rate"""
-    found = {}
-    for line in best_lines(lines):
-        match = re.fullmatch(pattern, line["method"])
-        if match:
-            found.setdefault(match[1], {}).setdefault(float(match[2]), []).append(line)
-    return {name: dict(sorted(points.items())) for name, points in sorted(found.items())}
 
 
 CURVES = {  # file -> methods with a number in their names, label of the number, logarithmic
@@ -734,72 +706,51 @@ CURVES = {  # file -> methods with a number in their names, label of the number,
 }
 
 
-def in_a_curve(method):
-    return any(re.fullmatch(pattern, method) for pattern, _, _ in CURVES.values())
-
-
-def draw_curve(found, label, logarithmic, path):
-    """Change of BLEU of the tuned and the other pairs over a number, a dot a seed."""
+def draw_curve(lines, pattern, label, logarithmic, path):
+    """Change of BLEU of the tuned and the other pairs over the number in the methods' names."""
+    found = {}  # name -> number -> lines
+    for line in sorted(at_best_rate(lines), key=lambda line: line["method"]):
+        name, number = re.fullmatch(pattern, line["method"]).groups()
+        found.setdefault(name, {}).setdefault(float(number), []).append(line)
     plt = pyplot()
     figure, panels = plt.subplots(1, 2, figsize=(10, 4))
-    for axes, kind in zip(panels, ("tuned", "others")):
-        for number, (name, points) in enumerate(found.items()):
-            color = plt.cm.tab10(number % 10)
-            for x, own in points.items():
-                changes = [gains(line)[kind] for line in own]
-                axes.plot([x] * len(own), changes, "o", color=color, alpha=0.35, markersize=4)
-            means = [mean(gains(line)[kind] for line in own) for own in points.values()]
-            axes.plot(list(points), means, "-", color=color, label=name)
-        axes.set(xlabel=label, ylabel=f"mean change of BLEU, {kind}")
-        axes.set_xscale("log" if logarithmic else "linear")
+    rows = []
+    for number, (name, points) in enumerate(found.items()):
+        points = dict(sorted(points.items()))
+        for axes, kind in zip(panels, ("tuned", "others")):
+            groups = [[(x, change) for change in changes(own, kind)] for x, own in points.items()]
+            dots_and_means(axes, groups, name, color=plt.cm.tab10(number % 10), marker="o")
+            axes.set(xlabel=label, ylabel=f"mean change of BLEU, {kind}")
+            axes.set_xscale("log" if logarithmic else "linear")
+        for x, own in points.items():
+            shown = [spread(changes(own, kind)) for kind in ("tuned", "others")]
+            rows.append([name, f"{x:g}", len(own), *shown])
+    for axes in panels:
         axes.grid(alpha=0.3)
     if len(found) > 1:
         panels[1].legend(fontsize=7)
     figure.tight_layout()
     save(figure, path)
-
-
-def show_series(found, label):
-    print()
-    print(label)
-    for name, points in found.items():
-        for x, own in points.items():
-            print(f"{name:<17}{x:>7g}{len(own):>6}", end="")
-            for kind in ("tuned", "others"):
-                print(f"{spread([gains(line)[kind] for line in own]):>27}", end="")
-            print()
+    table(["method", label, "cells", "tuned", "others"], rows)
 
 
 def plot(out):
-    """Table and figures of a grid, from its committed results alone."""
+    """Tables and figures of a grid, from its committed results alone."""
     lines = read_results(out)
-    if not lines:
-        raise InputError(f"{out / 'results.jsonl'}: no results yet")
-    grid = read_json(out / "grid.json", {"tune": str})
-    print(f"{out}: {json.dumps(grid)}")
-    for name, (pattern, label, logarithmic) in CURVES.items():
-        found = series(lines, pattern)
-        if found:
-            show_series(found, label)
-            draw_curve(found, label, logarithmic, out / name)
-    lines = [line for line in lines if not in_a_curve(line["method"])]
+    grid = read_json(out / "grid.json")
+    print(f"\n{out}: {json.dumps(grid)}")
+    for name, (pattern, *looks) in CURVES.items():
+        in_curve = [line for line in lines if re.fullmatch(pattern, line["method"])]
+        lines = [line for line in lines if line not in in_curve]
+        if in_curve:
+            draw_curve(in_curve, pattern, *looks, out / name)
     if not lines:
         return
-    print()
     show_table(lines)
-    if any(not math.isnan(gains(line)["others"]) for line in lines):
+    if not math.isnan(gains(lines[0])["others"]):
         draw_front(lines, out / "front.svg")
     if grid["tune"] != "together":
         draw_matrix(lines, out / "matrix.svg")
-
-
-def numbers(kind):
-    """ "1,2" -> [1, 2]"""
-
-    def parse(text):
-        return [kind(word) for word in text.split(",")]
-
-    return parse
 
 
 def run_or_plot(parser, argv, show, work):
@@ -811,31 +762,32 @@ def run_or_plot(parser, argv, show, work):
     args, rest = parser.parse_known_args(argv)
 
     def command():
+        for folder in args.plot or []:
+            show(folder)
         if args.plot:
-            for folder in args.plot:
-                show(folder)
             return
         settings = lander.Settings(**lander.parse_arguments(rest))
         if not (settings.out and settings.weights and settings.data):
             raise InputError("--weights, --data and --out name what to work on, and where to write")
-        out = Path(settings.out)
-        with locked(out):
-            work(args, settings, out)
+        with locked(Path(settings.out)):
+            work(args, settings, Path(settings.out))
 
     return exit_status(command)
 
 
 def main(argv=None):
+    floats = lambda text: [float(word) for word in text.split(",")]
+    seeds = lambda text: [int(word) for word in text.split(",")]
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--methods", default="lander,layers,lora-all")
-    parser.add_argument("--rates", default=[1e-3], type=numbers(float))
-    parser.add_argument("--seeds", default=[0], type=numbers(int))
+    parser.add_argument("--rates", default=[1e-3], type=floats)
+    parser.add_argument("--seeds", default=[0], type=seeds)
     parser.add_argument("--tune", default="together", choices=("together", "each", "in-turn"))
     parser.add_argument("--chosen", action="store_true", help="all pairs, at the best rates")
     parser.add_argument("--toy", type=Path, help="make text and a checkpoint of toy languages here")
     args, _ = parser.parse_known_args(argv)
     if args.toy:
-        return exit_status(lambda: build_toy(args.toy, *args.seeds))
+        return exit_status(build_toy, args.toy, *args.seeds)
     return run_or_plot(parser, argv, plot, run_grid)
 
 

@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from data import read_json, read_tensors
 from study import compare, probe
+from study.compare import table
 
 DRAWS = 1000
 LIMITS = {"1%": math.log(1.01), "2%": math.log(1.02), "5%": math.log(1.05)}  # nats a token
@@ -78,7 +79,7 @@ def read_grid(out):
     (tuned,) = {tuple(line["pairs"]) for line in lines}
     before = with_totals(tensors[f"before {tuned[0]} bleu"])  # [N, 10]
     tokens = np.zeros((len(compare.KINDS), len(tensors[f"before {tuned[0]} tokens"])))  # [3, V]
-    for pair in read_json(out / "before.json", {})["valid_loss"]:
+    for pair in read_json(out / "before.json")["valid_loss"]:
         kind = compare.KINDS.index(compare.kind_of(pair, tuned))
         tokens[kind] += tensors[f"before {pair} tokens"]
     rng = np.random.default_rng(0)
@@ -184,14 +185,6 @@ def verdict(difference):
 
 # --------------------------------------------------------------------------------------------------
 # Tables
-
-
-def table(head, rows):
-    print()
-    widths = [max(len(str(row[i])) for row in [head, *rows]) for i in range(len(head))]
-    for row in [head, ["-" * width for width in widths], *rows]:
-        cells = [f"{cell!s:<{width}}" for cell, width in zip(row, widths)]
-        print("| " + " | ".join(cells) + " |")
 
 
 def show_best_rates(grid):

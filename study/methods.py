@@ -50,46 +50,28 @@ def select(context, k=None):
     return {pair: lander.select_layers(context.differences[pair], k) for pair in context.tuned}
 
 
-def group(context, selected, awareness, epsilon=None):
-    """Groups as in lander.py, of some layers."""
+def install(model, context, selected, awareness=None, epsilon=None, routing=True):
+    """Group neurons of some layers, and route, as lander.py does; say what learns. -> learners"""
+    awareness = context.awareness if awareness is None else awareness
+    epsilon = context.settings.epsilon if epsilon is None else epsilon
     own = awareness[:, lander.union(selected)]  # [P, K, F]
-    owner = lander.categorize(own, context.settings.epsilon if epsilon is None else epsilon)
-    return lander.describe_groups(own, owner, list(context.inputs.scoring), selected)
-
-
-def install(model, context, groups, routing=True):
-    """Route, and say what learns. -> learners"""
+    owner = lander.categorize(own, epsilon)
+    groups = lander.describe_groups(own, owner, list(context.inputs.scoring), selected)
     lander.install_routing(model, groups, routing)
     return {pair: lander.what_learns(model, pair) for pair in context.tuned}
 
 
 def landermt(model, context, k=None, epsilon=None):
     """LANDeRMT as lander.py runs it."""
-    return install(model, context, group(context, select(context, k), context.awareness, epsilon))
+    return install(model, context, select(context, k), epsilon=epsilon)
 
 
-def no_car(model, context):
-    """The same neurons, without routing."""
-    groups = group(context, select(context), context.awareness)
-    return install(model, context, groups, routing=False)
-
-
-def keep(learners, word):
-    """What has `word` in its name."""
-    kept = {}
-    for pair, own in learners.items():
-        kept[pair] = {name: parameter for name, parameter in own.items() if word in name}
-    return kept
-
-
-def specific_only(model, context):
-    """The pair's own neurons alone: the paper's LANDeRMT-LS."""
-    return keep(no_car(model, context), ".specific.")
-
-
-def general_only(model, context):
-    """The general neurons alone."""
-    return keep(no_car(model, context), ".general.")
+def no_car(model, context, part=""):
+    """The same neurons without routing, or those of one part: the paper's LANDeRMT-LS is specific."""
+    learners = {}
+    for pair, own in install(model, context, select(context), routing=False).items():
+        learners[pair] = {name: parameter for name, parameter in own.items() if part in name}
+    return learners
 
 
 def random_layers(model, context):
@@ -98,7 +80,7 @@ def random_layers(model, context):
     for pair in context.tuned:
         order = torch.randperm(model.config.layers - 1) + 1
         selected[pair] = sorted(order[: context.settings.layers].tolist())
-    return install(model, context, group(context, selected, context.awareness))
+    return install(model, context, selected)
 
 
 def shuffled(awareness):
@@ -109,18 +91,18 @@ def shuffled(awareness):
 
 def random_scores(model, context):
     """Neurons of the same number in each group, by chance instead of by awareness."""
-    return install(model, context, group(context, select(context), shuffled(context.awareness)))
+    return install(model, context, select(context), shuffled(context.awareness))
 
 
 # --------------------------------------------------------------------------------------------------
 # Whole weights
 
 
-def weights(model, context, wanted):
-    """Train the linear layers whose names satisfy `wanted`, as fp32 masters, with every pair."""
+def weights(model, context, where=("blocks.",)):
+    """Train linear layers, all that have one of these in their names, as fp32 masters."""
     own = {}
     for name, module in model.named_modules():
-        if isinstance(module, Linear) and wanted(name):
+        if isinstance(module, Linear) and any(place in name for place in where):
             own |= module.float().named_parameters(name)
     return dict.fromkeys(context.tuned, own)
 
@@ -131,26 +113,13 @@ def full(model, context):
     return dict.fromkeys(context.tuned, own)
 
 
-def layers(model, context):
-    """The paper's Layers: every FFN weight of the layers that representation analysis selects."""
+def layers(model, context, part=""):
+    """The paper's Layers: every weight of the selected layers, of their FFNs or of all."""
     learners = {}
     for pair, selected in select(context).items():
-        places = tuple(f"blocks.{layer}.ffn." for layer in selected)
-        learners |= {pair: weights(model, context, lambda name: name.startswith(places))[pair]}
+        where = [f"blocks.{layer}.{part}" for layer in selected]
+        learners[pair] = weights(model, context, where)[pair]
     return learners
-
-
-def linear(model, context):
-    """Every linear layer of the blocks."""
-    return weights(model, context, lambda name: name.startswith("blocks."))
-
-
-def all_ffn(model, context):
-    return weights(model, context, lambda name: ".ffn." in name)
-
-
-def all_attention(model, context):
-    return weights(model, context, lambda name: ".attention." in name)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -177,15 +146,14 @@ class LoRA(nn.Module):
         return self.linear(x) + functional.linear(low, self.lora_b.to(x.dtype)) * self.scale
 
 
-def add_lora(model, wanted, rank=8):
-    """Put a LoRA around the linear layers of the blocks whose names satisfy `wanted`.
+def add_lora(model, rank=8, where=""):
+    """Put a LoRA around the linear layers of the blocks that have `where` in their names.
 
     alpha = 2 r, as in practice.
     """
     for name, module in list(model.blocks.named_modules()):
-        if isinstance(module, Linear) and wanted(name) and module.weight.numel():
+        if isinstance(module, Linear) and where in name and module.weight.numel():
             parent, _, child = name.rpartition(".")
-            module.zero_rows = module.zero_columns = 0  # A has exactly as many columns
             setattr(model.blocks.get_submodule(parent), child, LoRA(module, rank, 2 * rank))
 
 
@@ -231,7 +199,7 @@ def added(model, context):
 
 
 def lora_all(model, context, rank=8):
-    add_lora(model, lambda name: True, rank)
+    add_lora(model, rank)
     return added(model, context)
 
 
@@ -242,9 +210,8 @@ def adapters(model, context):
 
 def adapter_lora(model, context):
     """Both at once. The paper does not say what its Adapter-LoRA is: this is our reading."""
-    add_lora(model, lambda name: ".attention." in name)
-    add_adapters(model)
-    return added(model, context)
+    add_lora(model, where=".attention.")
+    return adapters(model, context)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -318,32 +285,23 @@ def channels(model, context, layers=None, epsilon=None):
     return attention_channels(model, context, layers, learn)
 
 
-def both(model, context, epsilon=None):
-    """Channels of attention in all layers, and the method as it stands in the FFN's."""
-    attention = channels(model, context, epsilon=epsilon)
+def both(model, context, layers=None, epsilon=None):
+    """Channels of attention, of all layers or of these, and the method as it stands in the FFN's."""
+    attention = channels(model, context, layers, epsilon)
     ffn = landermt(model, context, epsilon=epsilon)
     return {pair: attention[pair] | ffn[pair] for pair in context.tuned}
 
 
 def all_units(model, context):
     """LANDeRMT with all units: the FFN's neurons and attention's channels, of the same layers."""
-    (layers,) = select(context).values()
-    attention = channels(model, context, layers)
-    ffn = landermt(model, context)
-    return {pair: attention[pair] | ffn[pair] for pair in context.tuned}
+    (selected,) = select(context).values()
+    return both(model, context, selected)
 
 
 def all_units_random(model, context):
     """The same numbers of channels and neurons, by chance."""
     awareness, channels = shuffled(context.awareness), shuffled(context.channels)
     return all_units(model, context._replace(awareness=awareness, channels=channels))
-
-
-def blocks_of_layers(model, context):
-    """Every weight of attention and FFN in the layers that representation analysis selects."""
-    (selected,) = select(context).values()
-    places = tuple(f"blocks.{layer}." for layer in selected)
-    return weights(model, context, lambda name: name.startswith(places))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -452,17 +410,17 @@ def route(model, pair):
 PARTS = {
     "lander": landermt,
     "no-car": no_car,
-    "specific-only": specific_only,
-    "general-only": general_only,
+    "specific-only": partial(no_car, part=".specific."),
+    "general-only": partial(no_car, part=".general."),
     "random-layers": random_layers,
     "random-scores": random_scores,
 }
 RIVALS = {
     "full": full,
-    "layers": layers,
-    "linear": linear,
-    "ffn": all_ffn,
-    "attention": all_attention,
+    "layers": partial(layers, part="ffn."),
+    "linear": weights,
+    "ffn": partial(weights, where=[".ffn."]),
+    "attention": partial(weights, where=[".attention."]),
     "lora-all": lora_all,
     "lora-32": partial(lora_all, rank=32),
     "adapters": adapters,
@@ -472,30 +430,21 @@ VARIANTS = {
     "units-all": all_units,
     "units-random": all_units_random,
     "scripts": scripts,
-    "channels": channels,
     "channels-half": partial(channels, epsilon=0.5),
     "both": both,
     "both-half": partial(both, epsilon=0.5),
-    "blocks-of-layers": blocks_of_layers,
+    "blocks-of-layers": layers,
 }
 SWEEPS = {
     **{f"k={k}": partial(landermt, k=k) for k in (1, 2, 3, 4, 5, 7)},
     **{f"epsilon={e}": partial(landermt, epsilon=e) for e in (0.5, 0.75, 0.8, 0.85, 0.95, 1.0)},
 }
-GROUPS = {  # rows of the picture
-    "the method and its parts": PARTS,
-    "rivals": RIVALS,
-    "variants": VARIANTS,
-}
+GROUPS = {"the method and its parts": PARTS, "rivals": RIVALS, "variants": VARIANTS}
 METHODS = PARTS | RIVALS | VARIANTS | SWEEPS
 
 
 # --------------------------------------------------------------------------------------------------
 # Keepers: what holds any method near its start
-
-
-def rms(tensor):
-    return tensor.detach().float().square().mean().sqrt().item()
 
 
 def pulls(model, parameters, radius):
@@ -505,15 +454,16 @@ def pulls(model, parameters, radius):
     LoRA's B starts at zero: there radius * rms(W) bounds (alpha / r) B A, A as it started. Nothing
     pulls other tensors of zeros, routers above all: other pairs are not routed.
     """
-    found = {}
+    rms = lambda tensor: tensor.detach().float().square().mean().sqrt().item()
+    strengths = {}
     for name, parameter in parameters.items():
         size = rms(parameter)
         if name.endswith(".lora_b"):
             lora = model.get_submodule(name.removesuffix(".lora_b"))
             rank = len(lora.lora_a)
             size = rms(lora.linear.weight) / (lora.scale * math.sqrt(rank) * rms(lora.lora_a))
-        found[name] = 1 / (radius * size) if size else 0.0
-    return found
+        strengths[name] = 1 / (radius * size) if size else 0.0
+    return strengths
 
 
 def fisher(model, parameters, examples):

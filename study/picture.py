@@ -22,7 +22,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import lander
-from data import InputError, LANGUAGES, exit_status, parse_json, read_json, read_lines
+from data import InputError, LANGUAGES, exit_status, parse_json, read_json, read_lines, reading
 from data import read_tensors, split_pair, write_text
 from study import compare, probe
 
@@ -48,34 +48,21 @@ class Run(NamedTuple):
 
 def read_run(folder):
     """All of a finished run. InputError where it is none, or damaged."""
-    args = lander.finished_args(folder)
-    scores = {"bleu": float}
-    results = read_json(folder / "results.json", {str: {"before": scores, "after": scores}})
-    shape = {str: {"differences": [float], "selected": [int]}}
-    analysis = read_json(folder / "layers.json", shape)
-    path = folder / "log.jsonl"
-    log = read_lines(path)
-    if len(log) < 2:
-        raise InputError(f"{path}: has {len(log)} lines, expected at least 2")
-    ends = {"step": int, "valid_loss": {str: float}}
-    step = {"step": int, "pair": str, "loss": float}
-    shapes = [ends, *[step] * (len(log) - 2), ends]
-    log = [parse_json(line, shape, path) for line, shape in zip(log, shapes)]
-    model, tokenizer, groups = lander.load_tuned(folder, args, lander.Settings())
-    path = folder / "awareness.safetensors"
-    awareness = {}
-    for group in groups.values():
-        for pair in group["specific"]:
-            awareness[pair] = torch.empty(len(groups), model.config.ffn_size)
-    alike = all(group["specific"].keys() == awareness.keys() for group in groups.values())
-    if not (alike and results and analysis.keys() == lander.tuned_pairs(groups)):
-        raise InputError(
-            f"{folder}: layers.json, neurons.json and results.json are not of the same pairs"
-        )
-    found = read_tensors(path)
-    lander.check_fit(path, found, awareness)
-    scaled = lander.scale_awareness(torch.stack([found[pair] for pair in awareness]))  # [P, K, F]
+    settings = lander.settings_of_run({"tuned": str(folder), "translate": "-"})
+    model, tokenizer, _ = lander.load_tuned(settings)
+    groups = lander.read_groups(folder / "neurons.json", model.config)
+    results, analysis = read_json(folder / "results.json"), read_json(folder / "layers.json")
+    with reading(folder / "results.json"):
+        for pair, scores in results.items():
+            if "after" not in scores:
+                raise InputError(f"{folder / 'results.json'}: {pair} has no after: not finished")
+    with reading(folder / "log.jsonl"):
+        log = [parse_json(line) for line in read_lines(folder / "log.jsonl")]
+    awareness = read_tensors(folder / "awareness.safetensors")
+    with reading(folder / "awareness.safetensors"):
+        scaled = lander.scale_awareness(torch.stack(list(awareness.values())))  # [P, K, F]
     variance = scaled.var(0, correction=0)
+    args = lander.read_args(folder)
     return Run(folder, args, analysis, groups, variance, log, results, model, tokenizer)
 
 

@@ -1,8 +1,7 @@
 """What scores, groups and routers say: neurons removed, groups found again, CAR looked at.
 
-    python study/probe.py --weights W --data D --pair en-de,fr-cs --out DIR    # any option of lander.py
-    python study/probe.py --plot DIR                                           # without running
-    python study/probe.py --plot study/results/*                               # and all of compare.py's
+    python study/probe.py --weights W --data D --pair en-de,fr-cs --out DIR  # and options of lander.py
+    python study/probe.py --plot study/results/*                             # without running
 
 Three experiments, each a file in DIR, passed over if it is there:
 
@@ -14,7 +13,8 @@ Three experiments, each a file in DIR, passed over if it is there:
 import argparse
 import sys
 from dataclasses import replace
-from itertools import combinations, takewhile
+from itertools import combinations
+from os.path import commonprefix
 from pathlib import Path
 from statistics import mean
 
@@ -22,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lander
-from data import LANGUAGES, make_batch, make_batches, read_json, render, split_pair, write_json
+from data import LANGUAGES, make_batch, open_parallel, read_json, render, split_pair, write_json
 from model import load_model
 from study import compare
 from study.methods import METHODS
@@ -52,27 +52,30 @@ def tenths(scores):
 
 @torch.no_grad()
 def removal(context):
-    """-> tuned pair -> a list over tenths of {"loss": {pair: nats}, "bleu": {pair: change}}
+    """-> {"none": [measured], "random": [measured], tuned pair: [measured, ... over tenths]}
 
-    The last but one key of a pair, "random", is a tenth by chance; "none" has nothing removed.
+    measured: {"loss": {pair: nats}, "bleu": {pair: BLEU}}; "random" lacks a tenth by chance
     """
-    settings = context.settings
+    settings, tokenizer = context.settings, context.tokenizer
     pairs = [pair for pair in context.inputs.test if pair in context.inputs.scoring]
     valid = {}
     for pair in pairs:
-        text = lander.read_text(settings, "valid", pair, {})[: lander.VALID_SENTENCES]
-        valid[pair] = lander.render_examples(context.tokenizer, pair, text, settings, "validation")
+        text = open_parallel(settings.data, "valid", pair)[: lander.VALID_SENTENCES]
+        valid[pair] = [render(tokenizer, pair, *both) for both in text]
 
     def measure(chosen, what):
         model = load_model(settings.weights, *lander.choose_device(settings))
         removed(model, chosen)
-        losses = lander.validation_loss(model, context.tokenizer, valid, settings)
-        scores = compare.evaluate(model, context, Path(settings.out) / "cells" / what)
+        losses = {}
+        for pair, examples in valid.items():
+            batches = compare.micro_batches(context, examples)
+            losses[pair] = lander.validation_loss(model, pair, batches)
+        scores, _ = compare.evaluate(model, context, pairs, Path(settings.out) / "cells" / what)
         return {"loss": losses, "bleu": {pair: scores[pair]["bleu"] for pair in pairs}}
 
     nothing = torch.zeros(context.awareness.shape[1:], dtype=torch.bool)  # [L, F]
-    found = {"none": [measure(nothing, "none")]}
     by_chance = torch.rand(nothing.shape, generator=torch.Generator().manual_seed(settings.seed))
+    found = {"none": [measure(nothing, "none")]}
     found["random"] = [measure(next(tenths(by_chance)), "random")]
     for pair in context.tuned:
         scores = context.awareness[list(context.inputs.scoring).index(pair)]  # [L, F]
@@ -110,62 +113,61 @@ def agreement(first, second):
 
 def relation(first, second):
     """What two pairs share: "same source", "reversed", ... or "neither"."""
-    (source, target), (other_source, other_target) = split_pair(first), split_pair(second)
-    if (source, target) == (other_target, other_source):
+    first, second = split_pair(first), split_pair(second)
+    if first == second[::-1]:
         return "reversed"
-    if source == other_source:
+    if first[0] == second[0]:
         return "same source"
-    return "same target" if target == other_target else "neither"
+    return "same target" if first[1] == second[1] else "neither"
+
+
+def group_all(model, context, text, make=render):
+    """Owners [L, F] and awareness [P, L, F] of all layers, and pair -> selected layers, from text."""
+    settings, tokenizer = context.settings, context.tokenizer
+    scores, layers = [], {}
+    for pair, sentences in text.items():
+        examples = [make(tokenizer, pair, *both) for both in sentences]
+        batches = compare.micro_batches(context, examples)
+        scores.append(lander.neuron_awareness(model, batches, range(model.config.layers)))
+        batches = compare.micro_batches(context, [(prompt, []) for prompt, _ in examples])
+        differences = lander.layer_differences(lander.activation_means(model, batches))
+        layers[pair] = lander.select_layers(differences, settings.layers)
+    awareness = torch.stack(scores)
+    return lander.categorize(awareness, settings.epsilon), awareness, layers
 
 
 def stability(context):
     """-> {"agreement": ..., "layers": ..., "overlap": ..., "where": ...}"""
-    settings, tokenizer = context.settings, context.tokenizer
-    model = load_model(settings.weights, *lander.choose_device(settings)).requires_grad_(False)
-    text = {}
-    for pair in context.inputs.scoring:
-        own = lander.read_text(settings, "train", pair, {})
-        text[pair] = own[: 2 * settings.score_sentences]
-
-    def owners(chosen, make=render):
-        scores = []
-        layers = {}
-        for pair, own in text.items():
-            examples = [make(tokenizer, pair, *sentences) for sentences in chosen(own)]
-            batches = list(make_batches(examples, tokenizer.pad_id, settings.micro_tokens))
-            scores.append(lander.neuron_awareness(model, batches, range(model.config.layers)))
-            prompts = [(prompt, []) for prompt, _ in examples]
-            batches = make_batches(prompts, tokenizer.pad_id, settings.micro_tokens)
-            differences = lander.layer_differences(lander.activation_means(model, batches))
-            layers[pair] = lander.select_layers(differences, settings.layers)
-        stacked = torch.stack(scores)
-        return lander.categorize(stacked, settings.epsilon), stacked, layers
-
+    settings = context.settings
     size = settings.score_sentences
-    base, awareness, base_layers = owners(lambda own: own[:size])
-    rivals = {
-        "other text": owners(lambda own: own[size:]),
-        "half the text": owners(lambda own: own[: size // 2]),
-        "another prompt": owners(lambda own: own[:size], short_prompt),
+    model = load_model(settings.weights, *lander.choose_device(settings)).requires_grad_(False)
+    pairs = list(context.inputs.scoring)
+    text = {pair: open_parallel(settings.data, "train", pair) for pair in pairs}
+    part = lambda first, last: {pair: own[first:last] for pair, own in text.items()}
+    base, awareness, base_layers = group_all(model, context, part(0, size))
+    others = {
+        "other text": group_all(model, context, part(size, 2 * size)),
+        "half the text": group_all(model, context, part(0, size // 2)),
+        "another prompt": group_all(model, context, part(0, size), short_prompt),
     }
     result = {"agreement": {}, "layers": {}, "overlap": {}, "where": {}}
-    for name, (owner, _, layers) in rivals.items():
+    for name, (owner, _, layers) in others.items():
         result["agreement"][name] = agreement(base, owner)
-        same = [layers[pair] == base_layers[pair] for pair in text]
+        same = [layers[pair] == base_layers[pair] for pair in pairs]
         result["layers"][name] = sum(same) / len(same)
-    scaled = lander.scale_awareness(awareness).flatten(1)  # [P, L * F]
-    top = scaled >= scaled.quantile(settings.epsilon, dim=1, keepdim=True)
+    scaled = lander.scale_awareness(awareness)  # [P, L, F]
+    flat = scaled.flatten(1)
+    top = flat >= flat.quantile(settings.epsilon, dim=1, keepdim=True)
     shared = {}
-    for (a, first), (b, second) in combinations(enumerate(text), 2):
-        correlation = torch.corrcoef(scaled[[a, b]].log1p())[0, 1].item()
+    for (a, first), (b, second) in combinations(enumerate(pairs), 2):
+        correlation = torch.corrcoef(flat[[a, b]].log1p())[0, 1].item()
         overlap = ((top[a] & top[b]).sum() / top[a].sum()).item()
         shared.setdefault(relation(first, second), []).append((correlation, overlap))
     for name, own in shared.items():
         columns = [mean(column) for column in zip(*own)]
         result["overlap"][name] = dict(zip(("correlation", "most aware in both"), columns))
-    variance = lander.scale_awareness(awareness).var(0, correction=0)  # [L, F]
-    result["where"]["mean variance"] = variance.mean(1).tolist()
-    for p, pair in enumerate(text):
+    result["where"]["mean variance"] = scaled.var(0, correction=0).mean(1).tolist()
+    for p, pair in enumerate(pairs):
         result["where"][pair] = (base == p).sum(1).tolist()
     return result
 
@@ -174,18 +176,12 @@ def stability(context):
 # What does CAR do?
 
 
-def in_common(first, second):
-    """How many tokens two lists begin with alike."""
-    alike = takewhile(lambda both: both[0] == both[1], zip(first, second))
-    return len(list(alike))
-
-
 def kinds_of_tokens(tokenizer, pair, source, target):
     """An example with "prompt", "source" or "target" for each token that the model reads."""
     prompt, answer = render(tokenizer, pair, source, target)
     empty, _ = render(tokenizer, pair, "")
-    before = in_common(prompt, empty)
-    after = in_common(prompt[before:][::-1], empty[before:][::-1])
+    before = len(commonprefix([prompt, empty]))
+    after = len(commonprefix([prompt[before:][::-1], empty[before:][::-1]]))
     kinds = ["prompt"] * before + ["source"] * (len(prompt) - before - after) + ["prompt"] * after
     return prompt + answer[:-1], kinds + ["target"] * (len(answer) - 1)
 
@@ -220,9 +216,7 @@ ROUTING_SEEDS = (0, 1, 2)
 def routing(context):
     """-> {"values": [...], "bleu": [...], "cosines": {...}}, over seeds and two rates"""
     settings, tokenizer = context.settings, context.tokenizer
-    values = []
-    bleu = []
-    routers = {}
+    values, bleu, routers = [], [], {}
     for rate in (settings.lr, settings.lr / 3):
         for seed in ROUTING_SEEDS:
             torch.manual_seed(seed)
@@ -230,17 +224,16 @@ def routing(context):
             model = load_model(settings.weights, *lander.choose_device(settings))
             learners = METHODS["lander"](model.requires_grad_(False), own)
             folder = Path(settings.out) / "cells" / f"{rate:g} {seed}"
-            folder.mkdir(parents=True, exist_ok=True)
-            compare.train(model, own, learners, own.tuned, compare.parse_method("lander"), folder)
+            compare.train(model, own, learners, {}, own.tuned, compare.parse_method("lander"))
             layers = lander.routed_layers(model)
             for pair in own.tuned:
-                text = lander.read_text(settings, "valid", pair, {})[:50]
+                text = open_parallel(settings.data, "valid", pair)[:50]
                 for layer, kinds in factors(model, tokenizer, pair, text).items():
+                    entry = {"rate": rate, "seed": seed, "pair": pair, "layer": layer}
+                    entry["share"] = layers[layer].share[pair]
                     for kind, found in kinds.items():
-                        spread = torch.tensor(found).std().item()
-                        entry = {"rate": rate, "seed": seed, "pair": pair, "layer": layer}
-                        entry |= {"kind": kind, "mean": mean(found), "std": spread}
-                        values.append(entry | {"share": layers[layer].share[pair]})
+                        numbers = {"mean": mean(found), "std": torch.tensor(found).std().item()}
+                        values.append(entry | {"kind": kind} | numbers)
             for layer, ffn in layers.items():
                 for pair, router in ffn.router.items():
                     routers[rate, seed, layer, pair] = router.detach().clone()
@@ -270,14 +263,12 @@ def without_routing(model, context, folder):
         "of another pair": lambda own, pair: own.get(after[pair], own[pair]),
         "another direction": lambda own, pair: own[pair][torch.randperm(len(own[pair]))],
     }
-    test = {pair: context.inputs.test[pair] for pair in context.tuned}
-    context = context._replace(inputs=context.inputs._replace(test=test))
     found = {}
     for name, change in changes.items():
         for layer, ffn in layers.items():
             for pair in ffn.router:
                 ffn.router[pair].copy_(change(learned[layer], pair))
-        scores = compare.evaluate(model, context, folder / name)
+        scores, _ = compare.evaluate(model, context, context.tuned, folder / name)
         found[name] = {pair: scores[pair]["bleu"] for pair in context.tuned}
     return found
 
@@ -286,97 +277,95 @@ def without_routing(model, context, folder):
 # What was found
 
 
-def show_removal(found, path):
+def show_removal(found, out):
+    """A table and a figure: what losing a tenth changes, of this pair and of the others' mean."""
     (none,), (chance,) = found.pop("none"), found.pop("random")
-
-    def changes(pair, part):
-        """Of loss and of BLEU, each of this pair and the mean of the others."""
-        row = []
-        for what in ("loss", "bleu"):
-            change = {other: part[what][other] - none[what][other] for other in none[what]}
-            row += [change.pop(pair), mean(change.values())]
-        return row
-
     plt = compare.pyplot()
     figure, panels = plt.subplots(1, 2, figsize=(10, 4))
-    print("neurons removed by tenths: change of loss, this pair's and others'; the same of BLEU")
     tenth = range(1, TENTHS + 1)
+    rows = []
     for number, (pair, parts) in enumerate(found.items()):
-        rows = [changes(pair, part) for part in [*parts, chance]]
-        for label, row in zip([*tenth, "random"], rows):
-            print(
-                f"{pair:<9}{label!s:>7}{row[0]:>+9.3f}{row[1]:>+9.3f}{row[2]:>+8.2f}{row[3]:>+8.2f}"
-            )
-        own_loss, other_loss, own_bleu, other_bleu = zip(*rows)
         color = plt.cm.tab10(number)
-        for axes, own, others, name in (
-            (panels[0], own_loss, other_loss, "loss, nats a token"),
-            (panels[1], own_bleu, other_bleu, "BLEU"),
-        ):
+        columns = [[pair] * (TENTHS + 1), [*tenth, "random"]]
+        for axes, what, unit in zip(panels, ("loss", "bleu"), ("loss, nats a token", "BLEU")):
+            own, others = [], []
+            for part in [*parts, chance]:
+                change = {other: part[what][other] - none[what][other] for other in none[what]}
+                own.append(change.pop(pair))
+                others.append(mean(change.values()))
+            columns += [[f"{value:+.3f}" for value in own], [f"{value:+.3f}" for value in others]]
             axes.plot(tenth, own[:-1], "o-", color=color, label=pair)
             axes.plot(tenth, others[:-1], "--", color=color, label="others")
             axes.axhline(own[-1], color=color, linestyle=":", label="a tenth by chance")
-            axes.set(xlabel="tenth of awareness that is removed", ylabel=f"change of {name}")
+            axes.set(xlabel="tenth of awareness that is removed", ylabel=f"change of {unit}")
             axes.grid(alpha=0.3)
+        rows += zip(*columns)
     panels[1].legend(fontsize=7)
     figure.tight_layout()
-    compare.save(figure, path)
+    compare.save(figure, out / "removal.svg")
+    head = ["most aware of", "tenth", "its loss", "others' loss", "its BLEU", "others' BLEU"]
+    compare.table(head, rows)
 
 
-def show_stability(found):
-    print("specific neurons found again, by chance; with the same owner, by chance; same layers")
+def show_stability(found, out):
+    rows = []
     for name, own in found["agreement"].items():
-        row = "".join(f"{value:>8.2f}" for value in own.values())
-        print(f"{name:<16}{row}{found['layers'][name]:>8.2f}")
-    print("pairs that share what: correlation of awareness, the most aware neurons in common")
+        row = [f"{value:.2f}" for value in [*own.values(), found["layers"][name]]]
+        rows.append([name, *row])
+    compare.table(["scored otherwise", *own, "same layers"], rows)
+    rows = []
     for name, own in found["overlap"].items():
-        print(f"{name:<16}" + "".join(f"{value:>8.2f}" for value in own.values()))
-    print("by layer: mean variance, then specific neurons of each pair")
+        rows.append([name, *(f"{value:.2f}" for value in own.values())])
+    compare.table(["two pairs", *own], rows)
+    rows = []
     for name, own in found["where"].items():
-        print(f"{name:<16}" + "".join(f"{value:>8.3g}" for value in own))
+        rows.append([name, *(f"{value:.3g}" for value in own)])
+    compare.table(["by layer", *range(len(own))], rows)
 
 
-def show_routing(found):
-    print("CAR / share after tuning: mean, deviation over tokens; by rate, pair, layer, kind")
+def show_routing(found, out):
     cells = {}
     for entry in found["values"]:
-        place = f"{entry['rate']:<8g}{entry['pair']:<9}{entry['layer']:>3}  {entry['kind']:<8}"
+        place = tuple(entry[name] for name in ("rate", "pair", "layer", "kind", "share"))
         cells.setdefault(place, []).append(entry)
-    for place, own in cells.items():
+    rows = []
+    for (*place, share), own in cells.items():
         means = compare.spread([entry["mean"] for entry in own])
         deviation = mean(entry["std"] for entry in own)
-        print(f"{place}{means:>27}{deviation:>7.3f}  share {own[0]['share']:.2f}")
-    print("BLEU of the tuned pairs, minus BLEU as trained: mean over pairs, from to over seeds")
-    for rate in sorted({entry["rate"] for entry in found["bleu"]}):
-        own = [entry for entry in found["bleu"] if entry["rate"] == rate]
-        for name in [name for name in own[0] if name not in ("rate", "seed", "as trained")]:
-            values = []
-            for entry in own:
-                values.append(mean(entry[name].values()) - mean(entry["as trained"].values()))
-            print(f"{rate:<8g}{name:<20}{compare.spread(values):>27}")
-    print("cosine of routers: " + ", ".join(f"{k} {v:.2f}" for k, v in found["cosines"].items()))
+        rows.append([*place, f"{share:.2f}", means, f"{deviation:.3f}"])
+    head = ["rate", "pair", "layer", "kind", "share", "CAR / share", "deviation over tokens"]
+    compare.table(head, rows)
+    changes = {}
+    for entry in found["bleu"]:
+        for name in entry.keys() - {"rate", "seed", "as trained"}:
+            change = mean(entry[name].values()) - mean(entry["as trained"].values())
+            changes.setdefault((entry["rate"], name), []).append(change)
+    rows = [[*place, compare.spread(own)] for place, own in sorted(changes.items())]
+    compare.table(["rate", "routers", "change of the tuned pairs' BLEU"], rows)
+    compare.table(["routers", "cosine"], [(k, f"{v:.2f}") for k, v in found["cosines"].items()])
+
+
+EXPERIMENTS = {
+    "removal": (removal, show_removal),
+    "stability": (stability, show_stability),
+    "routing": (routing, show_routing),
+}
 
 
 def plot(out):
     if (out / "results.jsonl").exists():
         return compare.plot(out)
-    print(out)
-    if (out / "removal.json").exists():
-        show_removal(read_json(out / "removal.json", {}), out / "removal.svg")
-    if (out / "stability.json").exists():
-        show_stability(read_json(out / "stability.json", {}))
-    if (out / "routing.json").exists():
-        show_routing(read_json(out / "routing.json", {}))
-
-
-EXPERIMENTS = {"removal": removal, "stability": stability, "routing": routing}
+    print(f"\n{out}")
+    for name, (_, show) in EXPERIMENTS.items():
+        if (out / f"{name}.json").exists():
+            show(read_json(out / f"{name}.json"), out)
 
 
 def look(args, settings, out):
     """Make every experiment whose file is not there yet."""
     compare.check_grid(out / "grid.json", settings, "together")
     context = compare.prepare(settings, out)
-    for name, experiment in EXPERIMENTS.items():
+    for name, (experiment, _) in EXPERIMENTS.items():
         if not (out / f"{name}.json").exists():
             write_json(out / f"{name}.json", experiment(context))
 

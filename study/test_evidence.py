@@ -30,7 +30,7 @@ def small_context(decoder, tuned=("en-de",)):
         languages[code] = {}
         for name, module in methods.modules_with_units(decoder, range(L)).items():
             languages[code][name] = torch.rand(len(module.weight), generator=generator) + 0.1
-    inputs = lander.Inputs({}, {}, dict.fromkeys(PAIRS, []), {}, {})
+    inputs = lander.Inputs({}, {}, dict.fromkeys(PAIRS, []), {}, {}, 256, {})
     settings = lander.Settings(epsilon=0.7, layers=2)
     differences = dict.fromkeys(tuned, [3.0, 2.0, 1.0])
     choice = {"adjacent": [1, 2], "languages": languages}
@@ -311,7 +311,7 @@ def here(tmp_path, monkeypatch):
 
 @pytest.fixture
 def prepared(world, here):
-    words = arguments(world, "--steps", "5", "--micro-tokens", "300")
+    words = arguments(world, "--steps 5 --micro-tokens 300")
     settings = lander.Settings(**lander.parse_arguments(words))
     Path("grid").mkdir()
     return compare.prepare(settings, Path("grid"))
@@ -328,8 +328,8 @@ def test_without_keepers_the_training_is_landers_own(prepared):
             recipe = compare.parse_method("lander")
             compare.train(model, prepared, learners, {}, ["qaa-qab"], recipe)
         else:
-            data = prepared.inputs.train, {}, settings, Path(".")
-            lander.train(model, prepared.tokenizer, learners, *data)
+            text = prepared.inputs.train, {}
+            lander.train(model, prepared.tokenizer, learners, *text, settings, Path("."))
         found.append(lander.merged(learners))
     for name, parameter in found[0].items():
         assert torch.equal(parameter, found[1][name]), name
@@ -341,9 +341,9 @@ def test_losses_of_sentences_are_those_of_the_set(prepared):
     model = lander.load_model(settings.weights, "cpu", torch.float32).requires_grad_(False)
     losses = compare.sentence_losses(model, prepared)
     tokens = compare.target_tokens(prepared)
-    valid = lander.validation_loss(model, prepared.tokenizer, prepared.valid, settings)
     for pair, examples in prepared.valid.items():
-        assert losses[pair].sum() / tokens[pair].sum() == pytest.approx(valid[pair], rel=1e-5)
+        valid = lander.validation_loss(model, pair, batched(examples))
+        assert losses[pair].sum() / tokens[pair].sum() == pytest.approx(valid, rel=1e-5)
         alone = lander.target_loss(model, make_batch([examples[3]], 0)).item()
         assert losses[pair][3].item() == pytest.approx(alone, rel=1e-4)
     assert len(losses) == 3
@@ -352,8 +352,8 @@ def test_losses_of_sentences_are_those_of_the_set(prepared):
 def test_a_grid(world, here, capsys):
     """Cells that are run twice; a keeper that changes nothing; other pairs translated in every cell."""
     pytest.importorskip("matplotlib")
-    words = arguments(world, "--steps", "3", "--eval-pairs", "qaa-qab,qab-qaa", "--out", "grid")
-    words += ["--rates", "0.01", "--methods"]
+    words = arguments(world, "--steps 3 --eval-pairs qaa-qab,qab-qaa --out grid --rates 0.01")
+    words += ["--methods"]
     names = (
         "lora-all,lora-all+kl=1,lander:7+replay,attention+decay=1,attention+fisher=1,scripts,full"
     )
@@ -395,8 +395,8 @@ def test_a_grid(world, here, capsys):
 
 def test_pairs_tuned_each_and_in_turn(world, here, capsys):
     """In-turn that starts anew for each pair, or trains on another pair's text."""
-    words = arguments(world, "--steps", "3", "--eval-pairs", "qaa-qab,qab-qaa")
-    words += ["--rates", "0.01", "--methods", "attention", "--pair", "qaa-qab,qab-qaa"]
+    words = "--steps 3 --eval-pairs qaa-qab,qab-qaa --rates 0.01 --methods attention"
+    words = arguments(world, words, pair="qaa-qab,qab-qaa")
     for tune in ("each", "in-turn"):
         assert compare.main([*words, "--out", tune, "--tune", tune]) == 0, capsys.readouterr().err
     each = compare.read_results(Path("each"))

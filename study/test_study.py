@@ -53,7 +53,6 @@ TRAINED_BY = {
     "adapter-lora": r"blocks\.\d\.(adapter\.|attention\..*\.lora_[ab])",
     "k=1": r"blocks\.1\.ffn\.(general\.|specific\.en-de\.|router\.en-de)",
     "epsilon=0.5": r"blocks\.[12]\.ffn\.(general\.|specific\.en-de\.|router\.en-de)",
-    "channels": r"blocks\.\d\.attention\..*original",
     "channels-half": r"blocks\.\d\.attention\..*original",
     "blocks-of-layers": r"blocks\.[12]\.(attention|ffn)\.",
     "both": r"blocks\.(\d\.attention\..*original|[12]\.ffn\.(general|specific\.en-de|router\.en-de))",
@@ -251,9 +250,8 @@ def test_a_report(world, tmp_path, monkeypatch, capsys):
     shown = [
         float(value) for title in re.findall(r'title="([^"]+)"', page) for value in title.split()
     ]
-    model, tokenizer, _ = lander.load_tuned(
-        Path("run"), lander.finished_args(Path("run")), lander.Settings()
-    )
+    settings = lander.settings_of_run({"tuned": "run", "translate": "-"})
+    model, tokenizer, _ = lander.load_tuned(settings)
     lander.route(model, "qaa-qab")
     routed = {l: ffn for l, ffn in lander.routed_layers(model).items() if "qaa-qab" in ffn.share}
     assert len(routed) == 2

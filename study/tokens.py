@@ -20,56 +20,36 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from tokenizers import processors, trainers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import exit_status, list_pairs, load_tokenizer, prompt_text, read_lines, read_parallel
-from data import render, write_json
+from data import BLOOM_SPLIT, LLAMA3_SPLIT, QWEN2_SPLIT, exit_status, list_pairs, load_tokenizer
+from data import prompt_text, read_lines, read_parallel, render, write_json
 
 
 # --------------------------------------------------------------------------------------------------
 # Tokenizers
 
 
-def split(regex):
-    return pre_tokenizers.Split(Regex(regex), behavior="isolated")
-
-
-BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|NUMBER| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# How a text is normalized, and split; the token that a template puts in front of it; end-of-sentence
-# and other added tokens.
+# How a text is split; the token that a template puts in front of it; end-of-sentence and other added
+# tokens.
 PIPELINES = {
-    "BLOOM": (None, [split(" ?[^(\\s|[.,!?…。，、।۔،])]+"), BYTES], None, ["</s>", "<s>", "<pad>"]),
-    "Qwen2": (
-        normalizers.NFC(),
-        [split(SPLIT.replace("NUMBER", r"\p{N}")), BYTES],
-        None,
-        ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-    ),
-    "Llama-3": (
-        None,
-        [split(SPLIT.replace("NUMBER", r"\p{N}{1,3}")), BYTES],
-        "<|begin_of_text|>",
-        ["<|end_of_text|>"],
-    ),
+    "BLOOM": (BLOOM_SPLIT, None, ["</s>", "<s>", "<pad>"]),
+    "Qwen2": (QWEN2_SPLIT, None, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]),
+    "Llama-3": (LLAMA3_SPLIT, "<|begin_of_text|>", ["<|end_of_text|>"]),
 }
 
 
 def train(name, lines, folder, vocab_size):
     """Train a tokenizer.json of a published pipeline, in a folder that is there."""
-    normalizer, steps, bos, added = PIPELINES[name]
+    regex, bos, added = PIPELINES[name]
     tokenizer = Tokenizer(models.BPE(ignore_merges=name == "Llama-3"))
-    if normalizer:
-        tokenizer.normalizer = normalizer
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    if name == "Qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(regex), behavior="isolated")
+    by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, by_bytes])
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[bos, *added] if bos else added,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    special = {"special_tokens": [bos, *added] if bos else added, "show_progress": False}
+    alphabet = by_bytes.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, **special)
     tokenizer.train_from_iterator(lines, trainer)
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     if bos:
@@ -140,20 +120,23 @@ def unjoined(ours, pairs):
     return wrong
 
 
-def compare(args):
-    files = sorted([*args.data.glob("flores200/*"), *args.data.glob("wmt-news/*")])
+STRINGS, EXAMPLES = 100_000, 10_000
+
+
+def compare(folder):
+    files = sorted([*folder.glob("flores200/*"), *folder.glob("wmt-news/*")])
     lines = [line for path in files for line in read_lines(path)]
     pairs = []
-    for folder in (args.data / "flores200", args.data / "wmt-news"):
-        for pair in list_pairs(folder, "test"):
-            pairs += [(pair, *row) for row in read_parallel(folder, "test", pair)]
-    pairs = random.Random(0).sample(pairs, min(args.pairs, len(pairs)))
-    print(f"{len(lines)} lines, {args.strings} strings, {len(pairs)} examples")
+    for corpus in (folder / "flores200", folder / "wmt-news"):
+        for pair in list_pairs(corpus, "test"):
+            pairs += [(pair, *row) for row in read_parallel(corpus, "test", pair)]
+    pairs = random.Random(0).sample(pairs, min(EXAMPLES, len(pairs)))
+    print(f"{len(lines)} lines, {STRINGS} strings, {len(pairs)} examples")
     columns = ("lines: other ids", "text", "strings: other ids", "text", "not as joined")
     print(f"{'':<9}" + "".join(f"{column:>{len(column) + 2}}" for column in columns))
 
     def report(name, ours, encode, decode):
-        strings = random_texts(args.strings, 0, [*ours.added])
+        strings = random_texts(STRINGS, 0, [*ours.added])
         counts = [*differences(lines, ours, encode, decode)]
         counts += [*differences(strings, ours, encode, decode), unjoined(ours, pairs)]
         row = "".join(f"{count:>{len(column) + 2}}" for count, column in zip(counts, columns))
@@ -161,13 +144,13 @@ def compare(args):
 
     with tempfile.TemporaryDirectory() as temporary:
         for name in PIPELINES:
-            folder = Path(temporary, name)
-            folder.mkdir()
-            train(name, lines[::8], folder, vocab_size=16000)
-            theirs = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            trained = Path(temporary, name)
+            trained.mkdir()
+            train(name, lines[::8], trained, vocab_size=16000)
+            theirs = Tokenizer.from_file(str(trained / "tokenizer.json"))
             encode = lambda text: theirs.encode(text, add_special_tokens=False).ids
             decode = lambda ids: theirs.decode(ids, skip_special_tokens=False)
-            report(name, load_tokenizer(folder), encode, decode)
+            report(name, load_tokenizer(trained), encode, decode)
         (package,) = find_spec("mistral_common").submodule_search_locations
         model = shutil.copy(f"{package}/data/tokenizer.model.v1", f"{temporary}/tokenizer.model")
         write_json(Path(temporary, "tokenizer_config.json"), {"tokenizer_class": "LlamaTokenizer"})
@@ -177,13 +160,7 @@ def compare(args):
         report("Mistral", ours, theirs.encode, theirs.decode)
 
 
-def main():
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--strings", type=int, default=100_000)
-    parser.add_argument("--pairs", type=int, default=10_000)
-    compare(parser.parse_args())
-
-
-if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    sys.exit(exit_status(compare, parser.parse_args().data))
