@@ -1279,7 +1279,12 @@ def kept_examples(model, tokenizer, others, settings, new_tokens, path):
         for pair, text in others.items():
             for (source, _), line in zip(text, said[pair], strict=True):
                 examples.append(render(tokenizer, pair, source, line))
-    return short_enough(examples, settings.max_tokens)
+    kept = short_enough(examples, settings.max_tokens)
+    if not kept:
+        raise InputError(
+            f"--keep has no text: of {len(examples)} examples of other pairs none fits"
+        )
+    return kept
 
 
 def train(

@@ -1149,6 +1149,27 @@ def test_a_run_goes_on_where_its_files_have_moved(world, whole, half_done, here)
     assert found == expected
 
 
+def test_a_run_of_all_units_that_keeps_others(world, here, capsys):
+    """Channels lost on resuming or exporting; a start that is where the state was saved."""
+    words = "--units all --keep 0.5 --no-routing --score-pairs qaa-qab,qac-qab --max-tokens 0"
+    assert lander.main(arguments(world, f"{words} --out alone")) == 0
+    assert "kept: KL" in capsys.readouterr().out
+    assert json.loads(Path("alone/log.jsonl").read_text().splitlines()[2])["kept"] > 0
+    assert json.loads(Path("alone/neurons.json").read_text()).popitem()[1]["channels"]["qaa-qab"]
+    assert json.loads(Path("alone/kept.json").read_text()).keys() == {"qac-qab"}
+    for name, count in (("neuron_awareness", 3), ("train_step", 4), ("translate_lines", 3)):
+        interrupt(arguments(world, words), name, count)
+        assert lander.main(arguments(world, f"{words} --resume")) == 0
+        assert contents("run") == contents("alone")
+        shutil.rmtree("run")
+    assert lander.main("--tuned alone --export exported".split()) == 0
+    given = {"tuned": "alone", "export": "x"}
+    tuned, _, _ = lander.load_tuned(lander.settings_of_run(given))
+    ids = random_ids((2, 9), 90)
+    assert_close(load_model("exported")(ids), tuned(ids))
+    assert not torch.equal(tuned(ids), load_model(world / "weights")(ids))
+
+
 def test_a_slow_save_makes_saves_rare(world, here, monkeypatch):
     """A minute for each save of 6 GB, every 30 s: more saving than training."""
     now, saves = [0.0], []
@@ -1272,10 +1293,12 @@ def assert_same_result(folder, other):
             assert entry[key] == pytest.approx(same[key], rel=1e-5)
 
 
-@pytest.mark.parametrize("processes, batch", [(2, 8), (3, 2)])
-def test_the_number_of_processes_does_not_matter(world, here, capfd, processes, batch):
+@pytest.mark.parametrize(
+    "processes, options", [(2, "--units all --keep 0.5 --max-tokens 0"), (3, "--batch 2")]
+)
+def test_the_number_of_processes_does_not_matter(world, here, capfd, processes, options):
     """A mean of means; a share counted twice; a process without a sentence that moves other neurons."""
-    words = arguments(world, f"--batch {batch} --steps 6", pair="qaa-qab,qac-qab")
+    words = arguments(world, f"{options} --steps 6", pair="qaa-qab,qac-qab")
     assert lander.main([*words, "--out", "alone"]) == 0
     alone = capfd.readouterr().out
     assert torchrun(processes, words) == 0
