@@ -461,7 +461,8 @@ def channel_places(config):
 class PartlyTrained(Linear):
     """A linear layer of which some rows (dimension 0) or columns (1) learn, as fp32 masters.
 
-    places: "general" and tuned pair -> its rows or columns. The weight itself never changes.
+    places: "general" and tuned pair -> its rows or columns. The weight itself never changes, and no
+    bias: a key's has no effect without rotary positions, and AdamW would move it by rounding alone.
     """
 
     def __init__(self, linear, dimension, places):
@@ -469,37 +470,26 @@ class PartlyTrained(Linear):
         super().__init__(columns, rows, bias=linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.dimension, self.places = dimension, places
-        self.parts = nn.ModuleDict()
+        self.parts = nn.ParameterDict()
         for name, index in places.items():
-            index = places[name] = index.to(linear.weight.device)
-            self.parts[name] = part = nn.ParameterDict()
-            part["weight"] = linear.weight.detach().index_select(dimension, index).float()
-            if dimension == 0 and linear.bias is not None:
-                part["bias"] = linear.bias.detach()[index].float()
+            self.parts[name] = linear.weight.detach().index_select(dimension, index).float()
 
     def what_learns(self, pair):
         """name -> Parameter of all that learns from a pair: general channels and its own."""
-        if pair not in self.parts:
-            return {}
-        learners = dict(self.parts["general"].named_parameters("parts.general"))
-        return learners | dict(self.parts[pair].named_parameters(f"parts.{pair}"))
+        names = ("general", pair) if pair in self.parts else ()
+        return {f"parts.{name}": self.parts[name] for name in names}
 
     def operands(self, dtype):
         """Weight and bias as a product in that type takes them, what learns in its places."""
         weight, bias = super().operands(dtype)
         for name, part in self.parts.items():
-            index = self.places[name]
-            weight = weight.index_copy(self.dimension, index, part["weight"].to(dtype))
-            if "bias" in part:
-                bias = bias.index_copy(0, index, part["bias"].to(dtype))
+            weight = weight.index_copy(self.dimension, self.places[name], part.to(dtype))
         return weight, bias
 
     def settle(self):
         """Write what was learned into the weight."""
-        learned = self.operands(self.weight.dtype)
+        self.weight.data, _ = self.operands(self.weight.dtype)
         self.parts.clear()
-        for weight, now in zip(self.parameters(), learned):
-            weight.data = now
 
 
 def select_channels(attention, channels, tuned):
@@ -509,8 +499,9 @@ def select_channels(attention, channels, tuned):
     del parts["rest"]
 
     def select(linear, dimension, places):
-        indices = {name: places[chosen].flatten() for name, chosen in parts.items()}
-        return PartlyTrained(linear, dimension, indices)
+        places = places.to(linear.weight.device)
+        own = {name: places[channels].flatten() for name, channels in parts.items()}
+        return PartlyTrained(linear, dimension, own)
 
     attention.query_key_value = select(attention.query_key_value, 0, rows)
     attention.output = select(attention.output, 1, columns)
