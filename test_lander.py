@@ -1291,7 +1291,7 @@ def assert_same_result(folder, other):
 
 @pytest.mark.parametrize(
     "processes, options",
-    [(2, "--units all --no-routing --keep 0.5 --max-tokens 0"), (3, "--batch 2")],
+    [(2, "--keep 0.5 --max-tokens 0"), (3, "--batch 2")],
 )
 def test_the_number_of_processes_does_not_matter(world, here, capfd, processes, options):
     """A mean of means; a share counted twice; a process without a sentence that moves other neurons."""
