@@ -1305,7 +1305,7 @@ def read_groups(path, config):
     groups = read_json(path)
     with reading(path):
         for layer, group in groups.items():
-            neurons = [i for owned in group["specific"].values() for i in owned]
+            neurons = sum(group["specific"].values(), [])  # lists, or a TypeError
             if int(layer) not in range(config.layers) or set(neurons) - set(range(config.ffn_size)):
                 sizes = f"{config.layers} layers of {config.ffn_size} neurons"
                 raise InputError(f"{path}: layer {layer}: does not fit a model of {sizes}")

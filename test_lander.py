@@ -1341,6 +1341,7 @@ BAD_WHEN_FINISHED = {
     "a list": ("run/neurons.json", lambda groups: [groups], ""),
     "no such neuron": ("run/neurons.json", lambda g: with_neurons(g, [9999]), "does not fit"),
     "a neuron of text": ("run/neurons.json", lambda g: with_neurons(g, ["1"]), ""),
+    "no list": ("run/neurons.json", lambda g: with_neurons(g, ""), ""),
     "a neuron twice": ("run/neurons.json", lambda g: with_neurons(g, [1, 1]), "two owners"),
     "no such layer": ("run/neurons.json", lambda g: {"77": g.popitem()[1]}, "layer 77"),
     "a tensor less": ("run/tuned.safetensors", lambda t: t.popitem() and t, "does not fit"),
