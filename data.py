@@ -426,12 +426,13 @@ def known_step(path, step):
         case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)} if old:
             return lambda text: text.replace(old, new)
         case {"type": "Metaspace", "replacement": "▁", "prepend_scheme": _}:  # see encode_between
-            return re.compile("(?=▁)" if step.get("split", True) else "(?!)").split
+            return re.compile("(?=▁)").split if step.get("split", True) else None
         case {"type": "Digits", "individual_digits": bool(apart)}:
             return regex.compile(r"(\p{N})" if apart else r"(\p{N}+)").split
         case {"type": "ByteLevel", "add_prefix_space": False}:
-            split = GPT2_SPLIT if step.get("use_regex", True) else "(?!)"
-            return regex.compile(f"({split})", regex.V1).split
+            if step.get("use_regex", True):
+                return regex.compile(f"({GPT2_SPLIT})", regex.V1).split
+            return None  # it splits nothing
         case {"type": "Split", "pattern": {"Regex": split}, "behavior": how} if split in SPLITS:
             if how == "Isolated":
                 return regex.compile(f"({split})", regex.V1).split  # matches, what is between
@@ -469,7 +470,7 @@ class BPETokenizer:
             decoders = [step["type"] for step in steps_of(published["decoder"], "decoders")]
             normalizers = [*map(known, steps_of(published.get("normalizer"), "normalizers"))]
             self.normalize = partial(reduce, lambda text, step: step(text), normalizers)
-            self.splits = [*map(known, steps)]
+            self.splits = [*filter(None, map(known, steps))]
             # Where a Metaspace puts "▁": "always" in front, at the "first" word, or "never".
             self.mark = next((s["prepend_scheme"] for s in steps if s["type"] == "Metaspace"), "")
             self.strips = decoders[-1] == "Strip"  # decoding takes that space away
@@ -530,10 +531,11 @@ class BPETokenizer:
         str -> tuple of ids
         """
         symbols = []
-        for c in piece:
-            known = c in self.vocabulary and not self.over_bytes
-            raw = c.encode("utf-8", errors="replace")
-            symbols += [c] if known else [self.symbols[byte] for byte in raw]
+        for part in [piece] if self.over_bytes else piece:
+            if part in self.vocabulary and not self.over_bytes:
+                symbols.append(part)
+            else:
+                symbols += [self.symbols[byte] for byte in part.encode("utf-8", errors="replace")]
         if self.ignore_merges and "".join(symbols) in self.vocabulary:
             return (self.vocabulary["".join(symbols)],)
         symbols = [c for c in symbols if c in self.vocabulary]  # `tokenizers` drops others, too

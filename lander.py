@@ -82,7 +82,7 @@ from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from statistics import mean, median
 from typing import NamedTuple
@@ -1488,7 +1488,7 @@ def read_groups(path, config):
         for layer, group in groups.items():
             sizes = {"specific": config.ffn_size, "channels": config.kv_heads * config.head_size}
             for kind in sizes.keys() & group.keys():
-                units = list(chain.from_iterable(group[kind].values()))
+                units = sum(group[kind].values(), [])  # lists, or a TypeError
                 if int(layer) not in range(config.layers) or {*units} - {*range(sizes[kind])}:
                     expected = f"{config.layers} layers of {sizes[kind]} units"
                     raise InputError(f"{path}: layer {layer}: does not fit a model of {expected}")

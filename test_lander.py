@@ -1500,6 +1500,7 @@ BAD_WHEN_FINISHED = {
     "a list": ("run/neurons.json", lambda groups: [groups], ""),
     "no such neuron": ("run/neurons.json", lambda g: with_neurons(g, [9999]), "does not fit"),
     "a neuron of text": ("run/neurons.json", lambda g: with_neurons(g, ["1"]), ""),
+    "no list": ("run/neurons.json", lambda g: with_neurons(g, ""), ""),
     "a neuron twice": ("run/neurons.json", lambda g: with_neurons(g, [1, 1]), "two owners"),
     "no such layer": ("run/neurons.json", lambda g: {"77": g.popitem()[1]}, "layer 77"),
     "a tensor less": ("run/tuned.safetensors", lambda t: t.popitem() and t, "does not fit"),
@@ -2359,7 +2360,7 @@ def tokenizer_folders(tmp_path_factory):
 
     families = ("bloom", "Qwen2", "Llama-3", "baichuan", "llama", "marks")
     folders = {family: tmp_path_factory.mktemp(family) for family in families}
-    bloom = (*tokens.PIPELINES["BLOOM"][:3], ["<unk>", "<s>", "</s>", "<pad>"])
+    bloom = (*tokens.PIPELINES["BLOOM"][:2], ["<unk>", "<s>", "</s>", "<pad>"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(tokens.PIPELINES, "bloom", bloom)
         for family in families[:3]:

@@ -532,7 +532,7 @@ def show_plan(args):
         return print(*measure(args.case, config, args))
     if args.command == "step":
         print(describe(args))
-    print(f"{'planned':<14}{'GB':>8}{'TFLOP':>10}  measured: share of the plan, seconds, TFLOP/s")
+    print(f"{'planned':<14}{'GB':>8}{'TFLOP':>10}   both over what is measured, seconds, TFLOP/s")
     for case in CASES:
         planned, operations = plan(case, config, args)
         print(f"{case:<14}{planned / 1e9:>8.3f}{operations / 1e12:>10.4f}", end="", flush=True)
@@ -542,7 +542,7 @@ def show_plan(args):
             environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
             done = subprocess.run(words, check=True, stdout=subprocess.PIPE, env=environment)
             peak, done_operations, seconds = map(float, done.stdout.split())
-            print(f"{peak / planned:>10.1%}{done_operations / operations:>8.1%}", end="")
+            print(f"{planned / peak:>10.1%}{operations / done_operations:>8.1%}", end="")
             print(f"{seconds:>9.3f}{operations / seconds / 1e12:>8.3f}", end="")
         print()
 

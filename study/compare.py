@@ -191,15 +191,14 @@ FISHER_SENTENCES = 20  # of each other pair
 
 def keeper_strengths(model, parameters, others, recipe):
     """name -> how strongly decay pulls it to its start; {} without such a keeper."""
-    radius = recipe.decay or recipe.fisher
-    if radius is None:
+    if recipe.decay:
+        return methods.pulls(model, parameters, recipe.decay)
+    if not recipe.fisher:
         return {}
-    strengths = methods.pulls(model, parameters, radius)
-    if recipe.fisher is not None:
-        examples = chain.from_iterable(own[:FISHER_SENTENCES] for own in others.values())
-        needed = methods.fisher(model, parameters, examples)
-        strengths = {name: needed[name] * strength for name, strength in strengths.items()}
-    return strengths
+    strengths = methods.pulls(model, parameters, recipe.fisher)
+    examples = chain.from_iterable(own[:FISHER_SENTENCES] for own in others.values())
+    needed = methods.fisher(model, parameters, examples)
+    return {name: needed[name] * strength for name, strength in strengths.items()}
 
 
 def run_cell(context, out, cell, tune, everything=False):
@@ -292,15 +291,13 @@ def drift_from_start(model, context, parameters, start):
 
 def evaluate(model, context, pairs, folder):
     """-> {pair: {"bleu", "chrf"}}, and {pair: what BLEU counts in each sentence}; writes hypotheses."""
-    scores = {}
-    counts = {}
+    scores, counts = {}, {}
     for pair in pairs:
         text = context.inputs.test[pair]
+        what = context.tokenizer, pair, text, context.settings
         limit = context.inputs.new_tokens.get(pair, lander.NEW_TOKENS)
         methods.route(model, pair)
-        lines, found = lander.evaluate(
-            model, context.tokenizer, pair, text, context.settings, limit
-        )
+        lines, found = lander.evaluate(model, *what, limit)
         write_lines(folder / f"{pair}.txt", lines)
         scores[pair] = {metric: round(found[metric], 3) for metric in ("bleu", "chrf")}
         counts[pair] = bleu_counts(pair, lines, [target for _, target in text])
@@ -317,15 +314,15 @@ def bleu_counts(pair, hypotheses, references):
     return torch.tensor(rows, dtype=torch.int16)
 
 
+KINDS = TUNED, SAME_TARGET, OTHER_TARGET = "tuned", "same target", "other target"
+
+
 def kind_of(pair, tuned):
-    """ "tuned", or the untuned pair's relation to the tuned ones: "same target", "other target" """
+    """Which of KINDS a pair is: tuned, or into the same language as a tuned one, or into another."""
     if pair in tuned:
-        return "tuned"
+        return TUNED
     targets = {split_pair(own)[1] for own in tuned}
-    return "same target" if split_pair(pair)[1] in targets else "other target"
-
-
-KINDS = ("tuned", "same target", "other target")
+    return SAME_TARGET if split_pair(pair)[1] in targets else OTHER_TARGET
 
 
 def by_kind(values, tuned):
@@ -363,11 +360,9 @@ def prepare(settings, out):
             languages.setdefault(code, {})[module] = own
     adjacent = methods.adjacent_layers(scores["differences with targets"], settings.layers)
     valid = read_valid(tokenizer, inputs, settings)
-    path = out / "start.json"
-    if not path.exists():
-        write_json(path, translate_sources(model, tokenizer, inputs, settings))
+    translate = lambda split: translate_sources(model, tokenizer, inputs, settings, split)
     start_text = {}
-    for split, pairs in read_json(path).items():
+    for split, pairs in lander.grow(out / "start.json", START_SENTENCES, translate).items():
         start_text[split] = {}
         for pair, text in pairs.items():
             start_text[split][pair] = [render(tokenizer, pair, *both) for both in text]
@@ -414,16 +409,15 @@ def read_valid(tokenizer, inputs, settings):
 START_SENTENCES = {"train": 60, "valid": 30}  # of each pair
 
 
-def translate_sources(model, tokenizer, inputs, settings):
-    """split -> pair -> [(source, what the start makes of it), ...]"""
+def translate_sources(model, tokenizer, inputs, settings, split):
+    """pair -> [(source, what the start makes of it), ...]"""
     translated = {}
-    for split, size in START_SENTENCES.items():
-        translated[split] = {}
-        for pair in inputs.scoring:
-            sources = [source for source, _ in open_parallel(settings.data, split, pair)[:size]]
-            what = pair, list(enumerate(sources)), settings, f"translating {pair}"
-            lines = lander.translate_lines(model, tokenizer, *what)
-            translated[split][pair] = [(sources[number], line) for number, line, _ in lines]
+    for pair in inputs.scoring:
+        text = open_parallel(settings.data, split, pair)[: START_SENTENCES[split]]
+        sources = [source for source, _ in text]
+        what = pair, list(enumerate(sources)), settings, f"translating {pair}"
+        lines = lander.translate_lines(model, tokenizer, *what)
+        translated[pair] = [(sources[number], line) for number, line, _ in lines]
     return translated
 
 
@@ -509,14 +503,13 @@ def key(line):
 
 
 def gains(line, metric="bleu"):
-    """Mean change of a score: of the tuned pairs, of all others, and of those into the same language
-    as a tuned pair and those into another. NaN for none."""
-    kinds = {"tuned": [], "others": [], "same target": [], "other target": []}
+    """Mean change of a score, by kind of pair; "others" are all but the tuned ones. NaN for none."""
+    kinds = {kind: [] for kind in (*KINDS, "others")}
     for pair, after in line["after"].items():
         change = after[metric] - line["before"][pair][metric]
         kind = kind_of(pair, line["pairs"])
         kinds[kind].append(change)
-        if kind != "tuned":
+        if kind != TUNED:
             kinds["others"].append(change)
     return {kind: mean(own) if own else math.nan for kind, own in kinds.items()}
 

@@ -27,14 +27,12 @@ from model import Config, Decoder, save_model
 
 
 class ToyLanguage(NamedTuple):
-    """What tells one toy language from another, besides its words."""
-
     order: str  # of subject S, verb V, object O and place P
     adjective_first: bool  # before its noun
     consonants: str  # that its words are made of; the vowels are everyone's
-    past: str  # endings: of a verb in the past,
-    plural: str  # of a noun that is many,
-    cases: dict  # and, after that, of a noun by its part in the sentence
+    past: str  # ending of a verb in the past
+    plural: str  # of a noun that is many
+    cases: dict  # after that, of a noun by its part in the sentence
 
 
 # By their private-use codes of ISO 639.
@@ -50,15 +48,11 @@ NOUNS, VERBS, ADJECTIVES = 20, 10, 6
 def toy_words(code):
     """A language's stems: "qaa" -> {"noun": ["gide", "fafe", ...], "verb": ..., "adjective": ...}"""
     rng = random.Random(code)
-    consonants = TOY_LANGUAGES[code].consonants
-    syllables = [consonant + vowel for consonant in consonants for vowel in "aeiou"]
+    syllables = [c + vowel for c in TOY_LANGUAGES[code].consonants for vowel in "aeiou"]
     words = [first + second for first in syllables for second in syllables]
-    stems = rng.sample(words, NOUNS + VERBS + ADJECTIVES)
-    return {
-        "noun": stems[:NOUNS],
-        "verb": stems[NOUNS:-ADJECTIVES],
-        "adjective": stems[-ADJECTIVES:],
-    }
+    stems = iter(rng.sample(words, NOUNS + VERBS + ADJECTIVES))
+    sizes = {"noun": NOUNS, "verb": VERBS, "adjective": ADJECTIVES}
+    return {kind: list(islice(stems, size)) for kind, size in sizes.items()}
 
 
 def toy_meaning(rng):
@@ -109,9 +103,9 @@ def toy_meanings(size, seed):
 
 
 def toy_text(meanings, pidgin=0.0):
-    """Each meaning, said in every toy language. -> {"qaa": [sentence, ...], "qab": [...], ...}
+    """Each meaning, said in every toy language; a share of the sentences in pidgin.
 
-    pidgin: the share of sentences, drawn in each language by itself, that are in pidgin.
+    -> {"qaa": [sentence, ...], "qab": [...], ...}
     """
     text = {}
     for code in TOY_LANGUAGES:
@@ -151,18 +145,15 @@ PRETRAINING_STEPS, PRETRAINING_RATE, PRETRAINING_TOKENS = 1500, 3e-3, 1024
 def train_tokenizer(folder, lines):
     """A sentencepiece model with the flags of Baichuan's, in folder/tokenizer.model."""
     folder.mkdir(parents=True, exist_ok=True)
+    flags = dict(model_type="bpe", byte_fallback=True, normalization_rule_name="identity")
+    flags |= dict(add_dummy_prefix=False, remove_extra_whitespaces=False, hard_vocab_limit=False)
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
         model_prefix=str(folder / "tokenizer"),
-        model_type="bpe",
         vocab_size=VOCABULARY,
-        hard_vocab_limit=False,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
         num_threads=1,
         minloglevel=2,
+        **flags,
     )
     (folder / "tokenizer.vocab").unlink()
 
@@ -172,14 +163,13 @@ def pretrain(folder, text):
 
     text: language code -> sentences, line by line translations of each other.
     """
-    examples = []
     train_tokenizer(folder, prompts(text))
     tokenizer = load_tokenizer(folder)
+    examples = []
     for source, target in permutations(text, 2):
         for pair in zip(text[source], text[target]):
             examples.append(render(tokenizer, f"{source}-{target}", *pair))
     random.Random(0).shuffle(examples)  # equal lengths keep this order in batches: directions mix
-
     model = Decoder(Config.from_json(MODEL | {"vocab_size": tokenizer.vocab_size}))
     for parameter in model.parameters():
         if parameter.dim() == 2:
@@ -216,20 +206,18 @@ SETTINGS |= {"eval_pairs": "all", "score_sentences": 200}
 
 def build(folder):
     """Make the demo's text and checkpoint, in folder/data and folder/weights."""
+    meanings = toy_meanings(PRETRAINING_SENTENCES + sum(SPLIT_SENTENCES.values()), seed=0)
     lander.say("No --weights, so this is the demo: four languages made up from one grammar,")
     lander.say()
-    meanings = toy_meanings(PRETRAINING_SENTENCES + sum(SPLIT_SENTENCES.values()), seed=0)
     for code, (sentence, *_) in toy_text(meanings[:1]).items():
         lander.say(f"   {code} {LANGUAGES[code]}: {sentence}")
-    splits, first = {}, PRETRAINING_SENTENCES
-    for split, size in SPLIT_SENTENCES.items():
-        splits[split] = meanings[first : first + size]
-        first += size
-    write_text(folder / "data", splits)
     lander.say()
     lander.say("a tiny Baichuan, pretrained in all twelve directions on text that mostly leaves")
     lander.say("the endings out, and the method on it, with text that has them all.")
     lander.say()
+    rest = iter(meanings[PRETRAINING_SENTENCES:])
+    splits = {split: list(islice(rest, size)) for split, size in SPLIT_SENTENCES.items()}
+    write_text(folder / "data", splits)
     pretrain(folder / "weights", toy_text(meanings[:PRETRAINING_SENTENCES], PIDGIN))
 
 
@@ -255,11 +243,11 @@ def demo(given):
         lander.check_run_folder(folder / "run", settings)
         if not (settings.resume and (folder / "weights" / "model.safetensors").exists()):
             build(folder)
-        results = lander.run(settings)
+        others = len(lander.run(settings)) - len(tuned)
     lander.say()
     lander.say(
         f"What this shows: tuned on full sentences, {' and '.join(tuned)} learned the endings that "
-        f"the checkpoint left out. What the {len(results) - len(tuned)} other pairs lost or gained "
-        "came through the general neurons, which they share. Figures differ from processor to "
-        "processor; this picture does not."
+        f"the checkpoint left out. What the {others} other pairs lost or gained came through the "
+        "general neurons, which they share. Figures differ from processor to processor; this "
+        "picture does not."
     )

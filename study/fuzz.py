@@ -70,37 +70,29 @@ TEMPLATE = {
     "single": [{"SpecialToken": {"id": "<s>"}}, {"Sequence": {"id": "A"}}],
     "special_tokens": {"<s>": {"ids": [1]}},
 }
+MARKS = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first"}
+DECODERS = [
+    {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+    {"type": "ByteFallback"},
+]
+DECODERS += [{"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]
+VOCABULARY = {token: id for id, token in enumerate(SPELLED)}
+MERGES = [["a", "n"], ["▁", "an"]]
+DIGITS = {"type": "Digits", "individual_digits": True}
 # What tokenizer.json has where it is not like BLOOM's. Baichuan has a tokenizer.model.
 PIPELINES = {
     "bloom": {},
     "llama": {
-        "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first"},
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-                *[{"type": "ByteFallback"}, {"type": "Fuse"}],
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-            ],
-        },
-        "model": {
-            "type": "BPE",
-            "vocab": {token: id for id, token in enumerate(SPELLED)},
-            "merges": [["a", "n"], ["▁", "an"]],
-            "byte_fallback": True,
-        },
+        "pre_tokenizer": MARKS,
+        "decoder": {"type": "Sequence", "decoders": DECODERS},
+        "model": {"type": "BPE", "vocab": VOCABULARY, "merges": MERGES, "byte_fallback": True},
     },
     "qwen2": {
         "normalizer": {"type": "NFC"},
         "post_processor": {"type": "Sequence", "processors": [{"type": "ByteLevel"}, TEMPLATE]},
     },
-    "qwen3": {
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [{"type": "Digits", "individual_digits": True}, SPLIT, BYTES],
-        }
-    },
-    "gpt2": {"pre_tokenizer": {**BYTES, "use_regex": True}},
+    "qwen3": {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [DIGITS, SPLIT, BYTES]}},
+    "gpt2": {"pre_tokenizer": BYTES | {"use_regex": True}},
 }
 
 

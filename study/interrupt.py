@@ -71,9 +71,8 @@ def trial(kind, world, out, whole, seconds, rng):
             status = wait(child)
         if status == 0:
             break
-        assert status == ENDS[kind], (
-            f"{kind}: status {status}; {(world / f'{out}.err').read_text()}"
-        )
+        said = (world / f"{out}.err").read_text()
+        assert status == ENDS[kind], f"{kind}: status {status}; {said}"
         ended += 1
         resume = ["--resume"] if (world / out).exists() else []
     found = contents(world / out)

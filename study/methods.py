@@ -326,12 +326,10 @@ def adjacent_layers(differences, k):
 
 def modules_with_units(model, layers):
     """name -> module of all that has outputs to score, norms included."""
-    found = {}
+    modules = {}
     for layer in layers:
-        for name, module in model.blocks[layer].named_modules(prefix=f"blocks.{layer}"):
-            if getattr(module, "weight", None) is not None:
-                found[name] = module
-    return found
+        modules |= model.blocks[layer].named_modules(prefix=f"blocks.{layer}")
+    return {name: m for name, m in modules.items() if getattr(m, "weight", None) is not None}
 
 
 def output_awareness(model, sentences):

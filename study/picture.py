@@ -12,7 +12,7 @@ import shlex
 import sys
 from dataclasses import fields
 from html import escape
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
@@ -22,7 +22,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import lander
-from data import InputError, LANGUAGES, exit_status, parse_json, read_json, read_lines, reading
+from data import InputError, exit_status, language_name, parse_json, read_json, read_lines, reading
 from data import read_tensors, split_pair, write_text
 from study import compare, probe
 
@@ -132,38 +132,26 @@ def draw_variance(axes, run):
     legend_above(axes, columns=4)
 
 
-def draw_matrix(axes, values, texts, framed, names, limits, cmap):
-    """A map with text in its cells. values: [rows, columns], NaN for none; texts: cell -> text"""
+def frame_cells(axes, cells):
     from matplotlib.patches import Rectangle
 
-    rows, columns = names
-    mesh = {"cmap": cmap, "vmin": limits[0], "vmax": limits[1]}
-    axes.pcolormesh(values.numpy(), edgecolors="white", linewidth=1, **mesh)
-    axes.invert_yaxis()
-    for (row, column), text in texts.items():
-        axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=8)
-    for row, column in framed:
-        corner = column + 0.03, row + 0.03
-        axes.add_patch(Rectangle(corner, 0.94, 0.94, fill=False, linewidth=2))
-    axes.set_xticks([column + 0.5 for column in range(len(columns))], columns)
-    axes.set_yticks([row + 0.5 for row in range(len(rows))], rows)
-    axes.tick_params(length=0)
+    for row, column in cells:
+        axes.add_patch(Rectangle((column + 0.03, row + 0.03), 0.94, 0.94, fill=False, linewidth=2))
 
 
 def draw_owners(axes, run):
     """How many neurons of each layer each pair owns."""
     pairs = list(next(iter(run.groups.values()))["specific"])
     counts = torch.zeros(len(pairs), len(run.groups))
-    texts = {}
-    framed = []
+    texts, trained = {}, []
     for column, group in enumerate(run.groups.values()):
         for row, pair in enumerate(pairs):
-            counts[row, column] = len(group["specific"][pair])
-            texts[row, column] = len(group["specific"][pair])
+            counts[row, column] = texts[row, column] = len(group["specific"][pair])
             if pair in group["share"]:
-                framed.append((row, column))
+                trained.append((row, column))
     limits = 0, 1.6 * max(1, counts.max().item())  # no color so dark that it hides the number
-    draw_matrix(axes, counts, texts, framed, (pairs, list(run.groups)), limits, "Oranges")
+    compare.draw_cells(axes, counts, texts, pairs, list(run.groups), limits, "Oranges")
+    frame_cells(axes, trained)
     axes.set(xlabel="layer", title="neurons owned; framed: trained by the pair")
 
 
@@ -185,25 +173,25 @@ def draw_losses(axes, run):
 
 def draw_bleu(axes, run):
     """BLEU of each evaluated pair before and after, in the color of its change."""
-    codes = sorted({code for pair in run.results for code in split_pair(pair)})
+    codes = languages(run)
     change = torch.full((len(codes), len(codes)), torch.nan)
-    texts = {}
-    framed = []
+    texts, tuned = {}, []
     for pair, scores in run.results.items():
         cell = tuple(map(codes.index, split_pair(pair)))
         before, after = scores["before"]["bleu"], scores["after"]["bleu"]
         change[cell] = after - before
         texts[cell] = f"{after - before:+.1f}\n{before:.1f} → {after:.1f}"
         if pair in run.analysis:
-            framed.append(cell)
+            tuned.append(cell)
     limit = 1.8 * max(1, change.nan_to_num().abs().max().item())
-    draw_matrix(axes, change, texts, framed, (codes, codes), (-limit, limit), "PuOr")
+    compare.draw_cells(axes, change, texts, codes, codes, (-limit, limit), "PuOr")
+    frame_cells(axes, tuned)
     axes.set(xlabel="to", ylabel="from", title="change of BLEU; before → after; framed: tuned")
 
 
-def bleu_width(run):
-    """Inches: about as many as there are languages."""
-    return max(4.6, 0.85 * len({code for pair in run.results for code in split_pair(pair)}))
+def languages(run):
+    """Codes of the evaluated pairs' languages, sorted."""
+    return sorted({code for pair in run.results for code in split_pair(pair)})
 
 
 def draw_run(run, path):
@@ -283,41 +271,37 @@ def shaded_tokens(tokenizer, ids, values, limit):
 
 
 def read_sentences(run, pair):
-    """The first test sentences. -> [(source, reference, before, after), ...]"""
+    """The first test sentences. -> [(source, reference, before, after), ...], tokens of each
+
+    tokens: as in tokens_table, with the mean CAR / share of the layers that route the pair
+    """
+    if pair not in run.results:
+        return [], []
     names = ("source", "reference", "before", "after")
     paths = [run.folder / "hypotheses" / f"{pair}.{name}.txt" for name in names]
-    return list(islice(zip(*map(read_lines, paths)), SENTENCES)) if pair in run.results else []
-
-
-class Tokens(NamedTuple):
-    """What the model reads of a sentence and its reference."""
-
-    ids: list
-    kinds: list  # "prompt", "source" or "target" of each
-    factors: list  # CAR / share of each, the mean over the layers that route the pair; [] for none
-
-
-def read_tokens(run, pair, source, reference):
-    ids, kinds = probe.kinds_of_tokens(run.tokenizer, pair, source, reference)
-    layers = probe.token_factors(run.model, run.tokenizer, pair, ids).values()
-    factors = torch.stack(list(layers)).mean(0).tolist() if layers else []
-    return Tokens(ids, kinds, factors)
+    sentences = list(islice(zip(*map(read_lines, paths)), SENTENCES))
+    tokens = []
+    for source, reference, *_ in sentences:
+        ids, kinds = probe.kinds_of_tokens(run.tokenizer, pair, source, reference)
+        layers = probe.token_factors(run.model, run.tokenizer, pair, ids).values()
+        factors = torch.stack(list(layers)).mean(0).tolist() if layers else []
+        tokens.append(list(zip(ids, kinds, factors)))
+    return sentences, tokens
 
 
 def tokens_table(run, pair, tokens, limit):
-    """A row for each stretch of prompt, source or target, from top to bottom as the model reads."""
+    """A row for each stretch of prompt, source or target, from top to bottom as the model reads.
+
+    tokens: (id, "prompt", "source" or "target", CAR / share) of each
+    """
     source, target = split_pair(pair)
-    languages = {"prompt": "en", "source": source, "target": target}
+    codes = {"prompt": "en", "source": source, "target": target}
     rows = ""
-    first = 0
-    for kind, stretch in groupby(tokens.kinds):
-        size = len(list(stretch))
-        part = slice(first, first + size)
-        first += size
-        factors = tokens.factors[part]
-        shown = shaded_tokens(run.tokenizer, tokens.ids[part], factors, limit)
-        cell = f'<td class="tokens" {in_language(languages[kind])}>{shown}</td>'
-        rows += f"<tr><th scope=row>{kind}<td>{mean(factors):.2f}{cell}"
+    for kind, stretch in groupby(tokens, key=lambda token: token[1]):
+        ids, _, values = zip(*stretch)
+        shown = shaded_tokens(run.tokenizer, ids, values, limit)
+        cell = f'<td class="tokens" {in_language(codes[kind])}>{shown}</td>'
+        rows += f"<tr><th scope=row>{kind}<td>{mean(values):.2f}{cell}"
     head = "<tr><th scope=col>part<th scope=col>mean<th scope=col>tokens"
     return f'<div class="wide"><table>{head}{rows}</table></div>'
 
@@ -325,39 +309,32 @@ def tokens_table(run, pair, tokens, limit):
 def show_sentences(run):
     """Each tuned pair's sentences, with tokens where the pair is routed."""
     page = ""
-    everything = {}
-    for pair in run.analysis:
-        sentences = read_sentences(run, pair)
-        everything[pair] = [(own, read_tokens(run, pair, *own[:2])) for own in sentences]
-    values = [value for own in everything.values() for _, t in own for value in t.factors]
-    limit = max([0.01, *(abs(value - 1) for value in values)])
-    if values:
-        bar = (
-            f"linear-gradient(to right, {shade(1 - limit, limit)}, #fff, {shade(1 + limit, limit)})"
-        )
+    everything = {pair: read_sentences(run, pair) for pair in run.analysis}
+    each = [token for _, tokens in everything.values() for token in chain.from_iterable(tokens)]
+    limit = max([0.01, *(abs(value - 1) for _, _, value in each)])
+    if each:
+        ends = shade(1 - limit, limit), "#fff", shade(1 + limit, limit)
         page += f"""<p class="scale"><span>{1 - limit:.2f}<br>the pair's own</span>
-            <i style="background: {bar}"></i><span>{1 + limit:.2f}<br>general</span></p>"""
-    for pair, sentences in everything.items():
-        codes = split_pair(pair)
-        page += f"<h3>{pair}: {LANGUAGES[codes[0]]} to {LANGUAGES[codes[1]]}</h3>"
+            <i style="background: linear-gradient(to right, {", ".join(ends)})"></i>
+            <span>{1 + limit:.2f}<br>general</span></p>"""
+    for pair, (sentences, tokens) in everything.items():
+        source, target = split_pair(pair)
+        page += f"<h3>{pair}: {language_name(source)} to {language_name(target)}</h3>"
         layers = [name for name, group in run.groups.items() if group["share"].get(pair)]
         if run.args["no_routing"]:
             page += "<p>Trained without routing (--no-routing): there is no CAR to show.</p>"
         elif not layers:
-            page += (
-                "<p>In none of its layers has it a share to route by: there is no CAR to show.</p>"
-            )
+            page += "<p>No layer has a share to route it by: there is no CAR to show.</p>"
         else:
             page += f"<p>Layers that route it: {', '.join(layers)}.</p>"
         if not sentences:
             page += "<p>It was not evaluated: there are no translations to show.</p>"
-        for lines, tokens in sentences:
+        for lines, own in zip(sentences, tokens):
             page += "<article><dl>"
             labels = ("source", "reference", "before tuning", "after tuning")
-            for label, line, code in zip(labels, lines, (codes[0], *[codes[1]] * 3)):
+            for label, line, code in zip(labels, lines, (source, target, target, target)):
                 page += f"<dt>{label}<dd {in_language(code)}>{escape(line) or '(nothing)'}"
-            table = tokens_table(run, pair, tokens, limit) if tokens.factors else ""
-            page += f"</dl>{table}</article>"
+            page += f"</dl>{tokens_table(run, pair, own, limit) if own else ''}</article>"
     return page
 
 
@@ -434,7 +411,7 @@ def section(heading, text, shown, beside=True):
 
 def show_page(run):
     """-> the page as HTML"""
-    pairs, width = next(iter(run.groups.values()))["specific"], bleu_width(run)
+    pairs, width = next(iter(run.groups.values()))["specific"], max(4.6, 0.85 * len(languages(run)))
     layers = ""
     for pair in run.analysis:
         layers += picture(f"layers of {pair}", (4.6, 2.2), draw_differences, run, pair)

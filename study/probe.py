@@ -22,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lander
-from data import LANGUAGES, make_batch, open_parallel, read_json, render, split_pair, write_json
+from data import language_name, make_batch, open_parallel, read_json, render, split_pair, write_json
 from model import load_model
 from study import compare
 from study.methods import METHODS
@@ -89,7 +89,7 @@ def removal(context):
 
 def short_prompt(tokenizer, pair, source, target):
     """Another prompt than the one of data.py, as an example."""
-    first, second = (LANGUAGES[code] for code in split_pair(pair))
+    first, second = map(language_name, split_pair(pair))
     prompt = tokenizer.encode(f"{first}: {source} = {second}:")
     return [*tokenizer.prompt_prefix, *prompt], render(tokenizer, pair, source, target)[1]
 

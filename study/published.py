@@ -4,9 +4,12 @@
     python study/published.py DIR
     python lander.py --pair en-fr --weights DIR --data multi30k/ ...
 
-A real model of the LLaMA family, on a machine without a hub. Weights are those of 4 bits (Q4_1),
-written in fp32. <|im_start|> and <|im_end|> begin and end a turn of a chat: the files call them bos
-and eos, so <|im_end|> ends a translation, but no text begins with <|im_start|> (add_bos_token).
+A real model of the LLaMA family, on a machine without a hub. What is computed: numbers from their 4
+bits, in blocks of 32 that have a scale and a minimum (Q4_1; embeddings of 8 bits and a scale, Q8_0),
+in fp32, so they are the published ones but for that rounding; and rows of query and key in their
+published order. Norms, merges and tokens are copied, and config.json says what the file does.
+<|im_start|> and <|im_end|> begin and end a turn of a chat: the files call them bos and eos, so
+<|im_end|> ends a translation, but no text begins with <|im_start|> (add_bos_token).
 """
 
 import argparse
