@@ -37,9 +37,9 @@ from sacrebleu.metrics import BLEU
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lander
-from data import InputError, exit_status, group_by_length, locked, make_batch, make_batches
-from data import open_parallel, read_json, read_lines, read_tensors, render, split_pair, write_json
-from data import write_lines, write_tensors
+from data import InputError, bleu_tokenizer, exit_status, group_by_length, locked, make_batch
+from data import make_batches, open_parallel, read_json, read_lines, read_tensors, render
+from data import split_pair, write_json, write_lines, write_tensors
 from model import load_model
 from study import demo, methods
 from study.methods import GROUPS, METHODS, Context
@@ -306,7 +306,7 @@ def evaluate(model, context, pairs, folder):
 
 def bleu_counts(pair, hypotheses, references):
     """Of each sentence the words of hypothesis and reference, and the matches of 1 to 4 words. [N, 6]"""
-    metric = BLEU(trg_lang=split_pair(pair)[1], effective_order=True)
+    metric = BLEU(tokenize=bleu_tokenizer(split_pair(pair)[1]), effective_order=True)
     rows = []
     for hypothesis, reference in zip(hypotheses, references):
         score = metric.sentence_score(hypothesis, [reference])
