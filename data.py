@@ -416,8 +416,8 @@ def steps_of(part, key):
     return part[key] if part["type"] == "Sequence" else [part]
 
 
-def known_step(path, step):
-    """A step of a normalizer, as a function str -> str, or of a pre_tokenizer, str -> pieces."""
+def known_normalizer(path, step):
+    """A step of a normalizer, as a function str -> str."""
     match step:
         case {"type": "NFC"}:
             return partial(unicodedata.normalize, "NFC")
@@ -425,20 +425,26 @@ def known_step(path, step):
             return lambda text: text and mark + text
         case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)} if old:
             return lambda text: text.replace(old, new)
-        case {"type": "Metaspace", "replacement": "▁", "prepend_scheme": _}:  # see encode_between
+    raise InputError(f"{path}: {step} is no normalizer that is known here")
+
+
+def known_split(path, step):
+    """A step of a pre_tokenizer, as a function str -> pieces; None where it splits nothing."""
+    match step:
+        case {"type": "Metaspace", "replacement": "▁", "prepend_scheme": _}:  # encode puts the mark
             return re.compile("(?=▁)").split if step.get("split", True) else None
         case {"type": "Digits", "individual_digits": bool(apart)}:
             return regex.compile(r"(\p{N})" if apart else r"(\p{N}+)").split
         case {"type": "ByteLevel", "add_prefix_space": False}:
             if step.get("use_regex", True):
                 return regex.compile(f"({GPT2_SPLIT})", regex.V1).split
-            return None  # it splits nothing
+            return None
         case {"type": "Split", "pattern": {"Regex": split}, "behavior": how} if split in SPLITS:
             if how == "Isolated":
                 return regex.compile(f"({split})", regex.V1).split  # matches, what is between
             if how == "Removed" and step["invert"]:
                 return regex.compile(split, regex.V1).findall
-    raise InputError(f"{path}: {step} is no step that is known here")
+    raise InputError(f"{path}: {step} is no pre_tokenizer that is known here")
 
 
 def ids_in_front(path, post_processor):
@@ -465,12 +471,13 @@ class BPETokenizer:
 
     def __init__(self, path, published, added):
         with reading(path):
-            model, known = published["model"], partial(known_step, path)
+            model = published["model"]
             steps = steps_of(published["pre_tokenizer"], "pretokenizers")
             decoders = [step["type"] for step in steps_of(published["decoder"], "decoders")]
-            normalizers = [*map(known, steps_of(published.get("normalizer"), "normalizers"))]
+            normalizers = steps_of(published.get("normalizer"), "normalizers")
+            normalizers = [known_normalizer(path, step) for step in normalizers]
             self.normalize = partial(reduce, lambda text, step: step(text), normalizers)
-            self.splits = [*filter(None, map(known, steps))]
+            self.splits = [*filter(None, (known_split(path, step) for step in steps))]
             # Where a Metaspace puts "▁": "always" in front, at the "first" word, or "never".
             self.mark = next((s["prepend_scheme"] for s in steps if s["type"] == "Metaspace"), "")
             self.strips = decoders[-1] == "Strip"  # decoding takes that space away

@@ -701,8 +701,8 @@ def evaluate(model, tokenizer, pair, text, decoding, new_tokens=NEW_TOKENS):
 
     scores: {"bleu": ..., "chrf": ..., their signatures, "cut": how many ran to their limit}
     """
-    sources, label = enumerate(source for source, _ in text), f"translating {pair}"
-    rest = list(of_this_process(sources)), decoding, label, new_tokens
+    sources = list(of_this_process(enumerate(source for source, _ in text)))
+    rest = sources, decoding, f"translating {pair}", new_tokens
     translated = translate_lines(model, tokenizer, pair, *rest)
     translations = gather({number: (line, cut) for number, line, cut in translated})
     hypotheses = [translations[number][0] for number in range(len(text))]
@@ -951,6 +951,7 @@ def grow(path, keys, make):
 
 
 PLACES = "weights", "data"  # may differ on resuming: fingerprints know what lies there
+NOT_RECORDED = {"out", "resume", "translate", "tuned", "export"}  # a result depends on none
 
 
 def recorded(settings):
@@ -958,7 +959,7 @@ def recorded(settings):
     device, dtype = choose_device(settings)
     record = asdict(settings) | {"torch": torch.__version__}
     record |= {"device": device.type, "dtype": str(dtype).removeprefix("torch.")}
-    for name in ("out", "resume", "translate", "tuned", "export"):
+    for name in NOT_RECORDED:
         del record[name]
     for name in PLACES:  # a path that is no UTF-8 is recorded as well as can be
         record[name] = os.path.abspath(record[name]).encode("utf-8", "replace").decode()
@@ -970,13 +971,13 @@ def read_args(folder):
     path = folder / "args.json"
     record = read_json(path)
     with reading(path):
-        odd = record.keys() ^ {*recorded(Settings()), "files", "new_tokens"}
+        settings = {one.name: one.type for one in fields(Settings) if one.name not in NOT_RECORDED}
+        odd = record.keys() ^ {*settings, "torch", "files", "new_tokens"}
         if odd:
             raise InputError(f"{path}: of another version, at {', '.join(sorted(odd))}")
-        for setting in fields(Settings):
-            value = record.get(setting.name, setting.default)
-            if type(value) is not setting.type:
-                raise InputError(f"{path}: {setting.name} is {value!r}")
+        for name, kind in settings.items():
+            if type(record[name]) is not kind:
+                raise InputError(f"{path}: {name} is {record[name]!r}")
         record["files"] = dict(record["files"])
         record["new_tokens"] = {pair: int(limit) for pair, limit in record["new_tokens"].items()}
     return record
@@ -1543,8 +1544,9 @@ def translate(settings):
     if settings.pair not in learners:
         note(f"{settings.pair} was not tuned in {settings.tuned}: general neurons, no routing")
     limit = read_args(Path(settings.tuned))["new_tokens"].get(settings.pair, NEW_TOKENS)
-    rest, cut = (settings, "translating", limit), 0
-    for _, line, was_cut in translate_lines(model, tokenizer, settings.pair, sources, *rest):
+    rest = sources, settings, "translating", limit
+    cut = 0
+    for _, line, was_cut in translate_lines(model, tokenizer, settings.pair, *rest):
         print(line, flush=True)
         cut += was_cut
     if cut:

@@ -2994,6 +2994,14 @@ def test_worked_examples():
     assert demo.toy_sentence("qaa", words, meaning, pidgin=True) == "dida sesa geli lefa."
 
 
+def test_the_readme_names_tests_that_there_are():
+    """A test that was renamed, named as proof."""
+    named = set(
+        re.findall(r"`(test_\w+)`", Path(lander.__file__).with_name("README.md").read_text())
+    )
+    assert len(named) > 10 and named <= globals().keys()
+
+
 # --------------------------------------------------------------------------------------------------
 # Real input, where it is there
 

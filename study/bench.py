@@ -66,10 +66,11 @@ def shape_config(shape, family="bloom"):
     return Config.from_json(published)
 
 
-def random_decoder(config, dtype):
+def random_decoder(config, dtype, device="cpu"):
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
-    model = Decoder(config).requires_grad_(False)
+    with torch.device(device):
+        model = Decoder(config).requires_grad_(False)
     torch.set_default_dtype(before)
     return model
 
@@ -464,7 +465,7 @@ def generate_last(model, args):
         cache = Cache.empty(model, rows, tokens)
         for store in cache.stores:
             store.zero_()  # memory that nobody wrote to is not resident
-        ids = torch.full((rows, prompt), 5)
+        ids = torch.full((rows, prompt), 5, device=model.embedding.weight.device)
         chunk = cache.part(0, first, 0)
         model.logits(model.hidden_states(ids[:first], cache=chunk)[:, -1])
         cache.length = tokens - 1
@@ -474,9 +475,9 @@ def generate_last(model, args):
 CASES = "score", "train", "checkpointed", "train all", "generate"  # all: every weight
 
 
-def make_case(case, config, args, groups):
+def make_case(case, config, args, groups, device="cpu"):
     """Make a model and what else a case needs. -> the function that is measured"""
-    model = random_decoder(config, getattr(torch, args.dtype))
+    model = random_decoder(config, getattr(torch, args.dtype), device)
     if case == "score":
         return lambda: lander.neuron_awareness(model, [one_pass(args)], spread(config, args.layers))
     learners = list(model.parameters()) if case == "train all" else regroup(model, groups)
@@ -508,20 +509,19 @@ def measure(case, config, args):
     small = replace(config, layers=2)
     cache_gb = args.cache_gb * small.layers / config.layers  # for as many rows
     few = argparse.Namespace(**vars(args) | {"layers": 1, "cache_gb": cache_gb})
-    with torch.device(args.device):
-        # Loads libraries; those of matrix products keep buffers, which are as large as the matrices.
-        make_case(case, small, few, random_groups(small, 1))()
-        groups = random_groups(config, args.layers)
-        before = torch.cuda.memory_allocated() if on_gpu else resident("VmRSS")
-        run, seconds = make_case(case, config, args, groups), []
-        for _ in range(args.repeats + 1):
-            start = time.perf_counter()
-            run()
-            synchronize(args)
-            seconds.append(time.perf_counter() - start)
-        peak = torch.cuda.max_memory_allocated() if on_gpu else resident("VmHWM")
-        with FlopCounterMode(display=False) as counter:
-            run()
+    # Loads libraries; those of matrix products keep buffers, which are as large as the matrices.
+    make_case(case, small, few, random_groups(small, 1), args.device)()
+    groups = random_groups(config, args.layers)
+    before = torch.cuda.memory_allocated() if on_gpu else resident("VmRSS")
+    run, seconds = make_case(case, config, args, groups, args.device), []
+    for _ in range(args.repeats + 1):
+        start = time.perf_counter()
+        run()
+        synchronize(args)
+        seconds.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated() if on_gpu else resident("VmHWM")
+    with FlopCounterMode(display=False) as counter:
+        run()
     return peak - before, counter.get_total_flops(), min(seconds[1:])
 
 

@@ -37,9 +37,9 @@ from sacrebleu.metrics import BLEU
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lander
-from data import InputError, exit_status, group_by_length, locked, make_batch, make_batches
-from data import open_parallel, read_json, read_lines, read_tensors, render, split_pair, write_json
-from data import write_lines, write_tensors
+from data import InputError, bleu_tokenizer, exit_status, group_by_length, locked, make_batch
+from data import make_batches, open_parallel, read_json, read_lines, read_tensors, render
+from data import split_pair, write_json, write_lines, write_tensors
 from model import load_model
 from study import demo, methods
 from study.methods import GROUPS, METHODS, Context
@@ -227,6 +227,7 @@ def run_cell(context, out, cell, tune, everything=False):
         train(model, context, learners, start, context.tuned, recipe)
     losses = sentence_losses(model, context)
     line["valid_loss"] = mean_losses(losses, context)
+    line["plain_loss"] = plain_losses(model, context)
     line["kl"] = drift_from_start(model, context, parameters, start)
     wanted = context.inputs.test if everything or tune == "in-turn" else cell.pairs
     line["after"], counts = evaluate(model, context, wanted, folder)
@@ -275,6 +276,18 @@ def mean_losses(losses, context):
 
 
 @torch.no_grad()
+def plain_losses(model, context):
+    """Language -> loss of a token of its valid text, with no prompt but the line's first token."""
+    losses = {}
+    methods.route(model, None)
+    for code, lines in context.plain.items():
+        batches = micro_batches(context, [(ids[:1], ids[1:]) for ids in lines])
+        total = sum(lander.target_loss(model, batch).item() for batch in batches)
+        losses[code] = total / lander.count_targets(batches)
+    return losses
+
+
+@torch.no_grad()
 def drift_from_start(model, context, parameters, start):
     """Untuned pair -> KL(start || now) of a token of the start's own translations."""
     drifts = {}
@@ -306,7 +319,7 @@ def evaluate(model, context, pairs, folder):
 
 def bleu_counts(pair, hypotheses, references):
     """Of each sentence the words of hypothesis and reference, and the matches of 1 to 4 words. [N, 6]"""
-    metric = BLEU(trg_lang=split_pair(pair)[1], effective_order=True)
+    metric = BLEU(tokenize=bleu_tokenizer(split_pair(pair)[1]), effective_order=True)
     rows = []
     for hypothesis, reference in zip(hypotheses, references):
         score = metric.sentence_score(hypothesis, [reference])
@@ -359,7 +372,7 @@ def prepare(settings, out):
             _, code, module = name.split(" ")
             languages.setdefault(code, {})[module] = own
     adjacent = methods.adjacent_layers(scores["differences with targets"], settings.layers)
-    valid = read_valid(tokenizer, inputs, settings)
+    valid, plain = read_valid(tokenizer, inputs, settings)
     translate = lambda split: translate_sources(model, tokenizer, inputs, settings, split)
     start_text = {}
     for split, pairs in lander.grow(out / "start.json", START_SENTENCES, translate).items():
@@ -367,7 +380,7 @@ def prepare(settings, out):
         for pair, text in pairs.items():
             start_text[split][pair] = [render(tokenizer, pair, *both) for both in text]
     units = differences, neurons, channels, adjacent, languages
-    context = Context(settings, tokenizer, inputs, tuned, *units, valid, start_text)
+    context = Context(settings, tokenizer, inputs, tuned, *units, valid, plain, start_text)
     if not (out / "before.json").exists():
         write_before(model, context, out)
     return context
@@ -396,14 +409,16 @@ def score(model, tokenizer, inputs, settings):
 
 
 def read_valid(tokenizer, inputs, settings):
-    """pair -> the first valid sentences, rendered: of every pair the same ones."""
-    valid = {}
+    """The first valid sentences, of every pair the same ones. -> pair -> rendered; language -> ids"""
+    valid, plain = {}, {}
     for pair in inputs.scoring:
         text = open_parallel(settings.data, "valid", pair)[:VALID_SENTENCES]
         valid[pair] = [render(tokenizer, pair, *both) for both in text]
+        for code, sentences in zip(split_pair(pair), zip(*text)):
+            plain.setdefault(code, [tokenizer.encode(sentence) for sentence in sentences])
     if len({len(own) for own in valid.values()}) > 1:
         raise InputError(f"{settings.data}: valid text is not the same sentences in all pairs")
-    return valid
+    return valid, plain
 
 
 START_SENTENCES = {"train": 60, "valid": 30}  # of each pair
@@ -430,8 +445,8 @@ def write_before(model, context, out):
     for pair in losses:
         tensors |= {f"before {pair} loss": losses[pair], f"before {pair} tokens": tokens[pair]}
     write_tensors(out / "sentences.safetensors", tensors)
-    means = mean_losses(losses, context)
-    write_json(out / "before.json", {"scores": scores, "valid_loss": means})
+    before = {"scores": scores, "valid_loss": mean_losses(losses, context)}
+    write_json(out / "before.json", before | {"plain_loss": plain_losses(model, context)})
 
 
 def check_grid(path, settings, tune):

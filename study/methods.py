@@ -37,6 +37,7 @@ class Context(NamedTuple):
     adjacent: list = ()  # the layers that the public scripts' recipe trains
     languages: dict = {}  # language -> name of a module -> [out], how much each output matters
     valid: dict = {}  # pair -> rendered examples, of the same sentences in every pair
+    plain: dict = {}  # language -> ids of those sentences
     start_text: dict = {}  # split -> pair -> rendered sources with the start's own translations
 
 
@@ -225,7 +226,7 @@ class Selected(nn.Module):
         super().__init__()
         self.dimension = dimension
         self.register_buffer("start", start.detach().clone())
-        self.register_buffer("index", index)
+        self.register_buffer("index", index.to(start.device))
 
     def forward(self, part):
         return self.start.index_copy(self.dimension, self.index, part.to(self.start.dtype))
