@@ -497,14 +497,12 @@ def select_channels(attention, channels, tuned):
     rows, columns = channel_places(attention.config)
     parts = partition(len(rows), channels, tuned)
     del parts["rest"]
-
-    def select(linear, dimension, places):
-        places = places.to(linear.weight.device)
-        own = {name: places[channels].flatten() for name, channels in parts.items()}
-        return PartlyTrained(linear, dimension, own)
-
-    attention.query_key_value = select(attention.query_key_value, 0, rows)
-    attention.output = select(attention.output, 1, columns)
+    for name, dimension, places in ("query_key_value", 0, rows), ("output", 1, columns):
+        linear = getattr(attention, name)
+        index = {
+            part: places[own].flatten().to(linear.weight.device) for part, own in parts.items()
+        }
+        setattr(attention, name, PartlyTrained(linear, dimension, index))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1205,10 +1203,7 @@ def analyse_layers(model, tokenizer, scoring, tuned, settings, path):
 
 
 def score_units(model, tokenizer, scoring, layers, reader, settings, path):
-    """awareness.safetensors or channels.safetensors: what neuron_awareness says of each pair.
-
-    -> [P, K, what the reader reads]
-    """
+    """Write what neuron_awareness says of each pair. -> [P, K, what the reader reads]"""
 
     def score(pair):
         batches = make_batches(scoring[pair], tokenizer.pad_id, settings.micro_tokens)
@@ -1273,15 +1268,11 @@ def kept_examples(model, tokenizer, others, settings, new_tokens, path):
                 examples.append(render(tokenizer, pair, source, line))
     kept = short_enough(examples, settings.max_tokens)
     if not kept:
-        raise InputError(
-            f"--keep has no text: of {len(examples)} examples of other pairs none fits"
-        )
+        raise InputError(f"--keep: none of {len(examples)} examples of other pairs is short enough")
     return kept
 
 
-def train(
-    model, tokenizer, learners, text, valid, settings, folder, weight_decay=WEIGHT_DECAY, kept=()
-):
+def train(model, tokenizer, learners, text, valid, settings, folder, kept=()):
     """Train from the last saved state, if there is one, to tuned.safetensors; log.jsonl says how.
 
     learners: pair -> {name: Parameter}, as what_learns; text: pair -> [(source, target), ...];
@@ -1289,7 +1280,7 @@ def train(
     """
     log_path, state_path = folder / "log.jsonl", folder / "state.safetensors"
     parameters, total = merged(learners), count_steps(text, settings)
-    optimizer = torch.optim.AdamW(parameters.values(), weight_decay=weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(parameters.values(), weight_decay=WEIGHT_DECAY, fused=True)
     rest = settings.keep, tokenizer.pad_id, settings.micro_tokens
     keeper = Keeper(model, kept, *rest) if kept else None
 
