@@ -15,13 +15,13 @@ L layers, H heads, H_kv heads of keys and values, d head size.
 """
 
 import math
-import pickle
 import re
 import sys
 import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from pickle import UnpicklingError  # what torch.load raises; nothing is unpickled here
 from typing import Callable, NamedTuple
 
 import torch
@@ -1093,7 +1093,7 @@ def read_bin(path):
     with reading(path):
         try:
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except pickle.UnpicklingError:  # torch advises to run it all the same
+        except UnpicklingError:  # torch advises to run it all the same
             raise InputError(f"{path}: holds objects made by running code; none is run") from None
         for name, tensor in loaded.items():
             plain = isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu"

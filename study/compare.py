@@ -275,15 +275,12 @@ def mean_losses(losses, context):
     return {pair: (own.sum() / tokens[pair].sum()).item() for pair, own in losses.items()}
 
 
-@torch.no_grad()
 def plain_losses(model, context):
     """Language -> loss of a token of its valid text, with no prompt but the line's first token."""
     losses = {}
-    methods.route(model, None)
     for code, lines in context.plain.items():
         batches = micro_batches(context, [(ids[:1], ids[1:]) for ids in lines])
-        total = sum(lander.target_loss(model, batch).item() for batch in batches)
-        losses[code] = total / lander.count_targets(batches)
+        losses[code] = lander.validation_loss(model, None, batches)
     return losses
 
 
@@ -386,11 +383,26 @@ def prepare(settings, out):
     return context
 
 
+def first_texts(inputs, settings, split, size):
+    """pair -> its first sentences of a split, [(source, target), ...]"""
+    return {pair: open_parallel(settings.data, split, pair)[:size] for pair in inputs.scoring}
+
+
+def by_language(tokenizer, texts):
+    """Language -> ids of each sentence, of the first text that has it. texts: as of first_texts"""
+    languages = {}
+    for pair, text in texts.items():
+        for code, sentences in zip(split_pair(pair), zip(*text)):
+            if code not in languages:
+                languages[code] = [tokenizer.encode(sentence) for sentence in sentences]
+    return languages
+
+
 def score(model, tokenizer, inputs, settings):
     """All that methods.py chooses units by, as tensors by name."""
     scores = {}
     means = []
-    languages = {}  # code -> sentences
+    texts = first_texts(inputs, settings, "train", settings.score_sentences)
     for pair, examples in inputs.scoring.items():
         batches = list(make_batches(examples, tokenizer.pad_id, settings.micro_tokens))
         for reader in ("ffn.down", "attention.output"):
@@ -398,11 +410,8 @@ def score(model, tokenizer, inputs, settings):
             own = lander.neuron_awareness(model, made, range(model.config.layers), reader)
             scores[f"{pair} {reader}"] = own
         means.append(lander.activation_means(model, batches))
-        text = open_parallel(settings.data, "train", pair)[: settings.score_sentences]
-        for code, sentences in zip(split_pair(pair), zip(*text)):
-            languages.setdefault(code, [tokenizer.encode(sentence) for sentence in sentences])
     scores["differences with targets"] = lander.layer_differences(torch.stack(means).mean(0))
-    for code, sentences in languages.items():
+    for code, sentences in by_language(tokenizer, texts).items():
         for name, own in methods.output_awareness(model, sentences).items():
             scores[f"language {code} {name}"] = own
     return scores
@@ -410,15 +419,13 @@ def score(model, tokenizer, inputs, settings):
 
 def read_valid(tokenizer, inputs, settings):
     """The first valid sentences, of every pair the same ones. -> pair -> rendered; language -> ids"""
-    valid, plain = {}, {}
-    for pair in inputs.scoring:
-        text = open_parallel(settings.data, "valid", pair)[:VALID_SENTENCES]
-        valid[pair] = [render(tokenizer, pair, *both) for both in text]
-        for code, sentences in zip(split_pair(pair), zip(*text)):
-            plain.setdefault(code, [tokenizer.encode(sentence) for sentence in sentences])
-    if len({len(own) for own in valid.values()}) > 1:
+    texts = first_texts(inputs, settings, "valid", VALID_SENTENCES)
+    if len({len(text) for text in texts.values()}) > 1:
         raise InputError(f"{settings.data}: valid text is not the same sentences in all pairs")
-    return valid, plain
+    valid = {}
+    for pair, text in texts.items():
+        valid[pair] = [render(tokenizer, pair, *both) for both in text]
+    return valid, by_language(tokenizer, texts)
 
 
 START_SENTENCES = {"train": 60, "valid": 30}  # of each pair
@@ -427,8 +434,7 @@ START_SENTENCES = {"train": 60, "valid": 30}  # of each pair
 def translate_sources(model, tokenizer, inputs, settings, split):
     """pair -> [(source, what the start makes of it), ...]"""
     translated = {}
-    for pair in inputs.scoring:
-        text = open_parallel(settings.data, split, pair)[: START_SENTENCES[split]]
+    for pair, text in first_texts(inputs, settings, split, START_SENTENCES[split]).items():
         sources = [source for source, _ in text]
         what = pair, list(enumerate(sources)), settings, f"translating {pair}"
         lines = lander.translate_lines(model, tokenizer, *what)

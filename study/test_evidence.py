@@ -1,6 +1,7 @@
 """Tests of the grid's pieces: keepers, the scripts' recipe, what is measured, the statistic."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lander
 from data import make_batch
 from study import compare, evidence, methods
-from test_lander import PAIRS, Letters, arguments, assert_close, batched, padded_ids
+from test_lander import IMPORTABLE, PAIRS, Letters, arguments, assert_close, batched, padded_ids
 from test_lander import random_examples, tiny_decoder, world
 
 
@@ -347,6 +348,39 @@ def test_losses_of_sentences_are_those_of_the_set(prepared):
         alone = lander.target_loss(model, make_batch([examples[3]], 0)).item()
         assert losses[pair][3].item() == pytest.approx(alone, rel=1e-4)
     assert len(losses) == 3
+
+
+ON_PRETEND = """
+import sys
+from argparse import Namespace
+from study import pretend
+
+library = pretend.register()
+import torch
+from study import bench, compare
+
+compare.START_SENTENCES = {"train": 6, "valid": 3}
+torch.cuda.memory_allocated = torch.cuda.max_memory_allocated = lambda: 0
+of_all = {"dtype": "float32", "layers": 1, "micro_tokens": 128, "cache_gb": 1e-3, "repeats": 1}
+args = Namespace(device="pretend", **of_all)
+with pretend.OnPretend():
+    for case in ("score", "train", "train all", "generate"):
+        bench.measure(case, bench.shape_config("64,2,2,100"), args)
+    sys.exit(compare.main(sys.argv[1:]))
+"""
+
+
+def test_a_grid_on_a_device_that_is_not_the_cpu(world, here):
+    """An index or a generator of the CPU beside tensors on a GPU, in a cell or in bench.py."""
+    words = arguments(world, "--steps 2 --rates 0.01 --dtype float32")
+    words += ["--methods", "units-all+kl=1,scripts,lora-all+decay=1,full+fisher=1"]
+    command = [sys.executable, "-c", ON_PRETEND, *words, "--device", "pretend", "--out", "there"]
+    done = subprocess.run(command, env=IMPORTABLE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert compare.main([*words, "--out", "here"]) == 0
+    for there, same in zip(*map(compare.read_results, (Path("there"), Path("here"))), strict=True):
+        for what in ("valid_loss", "plain_loss", "kl"):
+            assert there[what] == pytest.approx(same[what], rel=1e-4), there["method"]
 
 
 def test_a_grid(world, here, capsys):
