@@ -1210,7 +1210,7 @@ def test_a_closed_stream_is_no_traceback(closed):
 
 SAME_ON_RESUME = {"weights", "data", "out", "device", "resume", "translate", "tuned", "export"}
 OTHER_SETTINGS = {str: "qac-qab", bool: True, int: 3, float: 0.25}  # that are no setting's default
-OTHER_SETTINGS |= {"dtype": "bfloat16", "language": "xx=Xish"}
+OTHER_SETTINGS |= {"units": "all", "dtype": "bfloat16", "language": "xx=Xish"}
 OTHER_SETTINGS |= dict.fromkeys(["score_pairs", "eval_pairs"], "qaa-qab,qab-qaa")
 
 
@@ -1268,9 +1268,7 @@ def assert_same_result(folder, other):
             assert entry[key] == pytest.approx(same[key], rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "processes, options", [(2, "--keep 0.5 --max-tokens 0"), (3, "--batch 2")]
-)
+@pytest.mark.parametrize("processes, options", [(2, "--keep 0.5 --max-tokens 0"), (3, "--batch 2")])
 def test_the_number_of_processes_does_not_matter(world, here, capfd, processes, options):
     """A mean of means; a share counted twice; a process without a sentence that moves other neurons."""
     words = arguments(world, f"{options} --steps 6", pair="qaa-qab,qac-qab")
@@ -1417,7 +1415,7 @@ def test_a_loss_that_is_no_number_stops_the_run(world, here, monkeypatch, capsys
     monkeypatch.setattr(lander, "SAVE_EVERY", 0)
     train_step, seen = lander.train_step, []
 
-    def poisoned(decoder, batches, optimizer, learners):
+    def poisoned(decoder, batches, optimizer, learners, keep):
         seen.append(list(learners))
         if len(seen) == 3 and "loss" in found:
             decoder.blocks[3].ffn_norm.weight.data.fill_(math.nan)

@@ -31,7 +31,7 @@ def small_context(decoder, tuned=("en-de",)):
         languages[code] = {}
         for name, module in methods.modules_with_units(decoder, range(L)).items():
             languages[code][name] = torch.rand(len(module.weight), generator=generator) + 0.1
-    inputs = lander.Inputs({}, {}, dict.fromkeys(PAIRS, []), {}, {}, 256, {})
+    inputs = lander.Inputs({}, {}, dict.fromkeys(PAIRS, []), {}, {}, {}, 256, {})
     settings = lander.Settings(epsilon=0.7, layers=2)
     differences = dict.fromkeys(tuned, [3.0, 2.0, 1.0])
     choice = {"adjacent": [1, 2], "languages": languages}

@@ -31,7 +31,7 @@ def small_context(decoder):
     generator = torch.Generator().manual_seed(0)
     awareness = torch.rand(3, L, F, generator=generator)
     channels = torch.rand(3, L, D, generator=generator)
-    inputs = lander.Inputs({}, {}, dict.fromkeys(PAIRS, []), {}, {}, 256, {})
+    inputs = lander.Inputs({}, {}, dict.fromkeys(PAIRS, []), {}, {}, {}, 256, {})
     settings = lander.Settings(epsilon=0.7, layers=2)
     differences = {"en-de": [3.0, 2.0, 1.0]}
     return methods.Context(settings, Letters, inputs, ["en-de"], differences, awareness, channels)
