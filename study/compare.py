@@ -31,7 +31,6 @@ from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from sacrebleu.metrics import BLEU
 
@@ -42,7 +41,7 @@ from data import make_batches, open_parallel, read_json, read_lines, read_tensor
 from data import split_pair, write_json, write_lines, write_tensors
 from model import load_model
 from study import demo, methods
-from study.methods import GROUPS, METHODS, Context
+from study.methods import METHODS, Context
 
 
 # --------------------------------------------------------------------------------------------------
@@ -563,23 +562,6 @@ def at_best_rate(lines):
     return [line for rates in by_method(lines).values() for line in rates[best_rate(rates)]]
 
 
-EQUAL_FORGETTING = 1.0, 2.0  # BLEU
-
-
-def gain_at_equal_forgetting(rates, limit):
-    """The gain where the other pairs lose `limit` BLEU, or less: the highest on the line from the
-    start through the means at each rate. rates: rate -> lines"""
-    points = [(0.0, 0.0)]  # lost by the others, gained by the tuned
-    for lines in rates.values():
-        points.append((-mean(changes(lines, "others")), mean(changes(lines, "tuned"))))
-    best = max(gained for lost, gained in points if lost <= limit)
-    for (lost, gained), (more_lost, more_gained) in zip(points, points[1:]):
-        if min(lost, more_lost) <= limit < max(lost, more_lost):
-            way = (limit - lost) / (more_lost - lost)
-            best = max(best, gained + way * (more_gained - gained))
-    return best
-
-
 def spread(values):
     """ "+1.23 (+1.10 to +1.40)" """
     return f"{mean(values):+.2f} ({min(values):+.2f} to {max(values):+.2f})"
@@ -595,17 +577,13 @@ def table(head, rows):
 
 
 def show_table(lines):
-    """Change of BLEU over seeds, of every method at its best rate, and at equal forgetting."""
+    """Change of BLEU over seeds, of every method at every rate."""
     rows = []
     for name, rates in by_method(lines).items():
-        rate = best_rate(rates)
-        best = rates[rate]
-        row = [name, f"{rate:g}", len(best), f"{best[0]['trained']:,}", f"{valid_loss(best):.3f}"]
-        row += [spread(changes(best, kind)) for kind in ("tuned", "others")]
-        row += [f"{gain_at_equal_forgetting(rates, limit):+.2f}" for limit in EQUAL_FORGETTING]
-        rows.append(row)
-    limits = [f"tuned, where others lose {limit:g}" for limit in EQUAL_FORGETTING]
-    table(["method", "rate", "cells", "weights", "valid", "tuned", "others", *limits], rows)
+        for rate, own in rates.items():
+            shown = [spread(changes(own, kind)) for kind in ("tuned", "others")]
+            rows.append([name, f"{rate:g}", len(own), f"{valid_loss(own):.3f}", *shown])
+    table(["method", "rate", "cells", "valid", "tuned", "others"], rows)
 
 
 def pyplot():
@@ -622,8 +600,6 @@ def save(figure, path):
     figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
 
 
-FARTHEST = -12  # what forgets more is off the picture
-IN_EVERY_ROW = {"lander": "black", "lora-all": "dimgray", "attention": "darkgray"}
 MARKERS = "osD^vPX<>*dph"
 
 
@@ -635,51 +611,21 @@ def dots_and_means(axes, groups, label, **style):
     axes.plot(*zip(*means), label=label, linewidth=1, **style)
 
 
-def draw_front(lines, path):
-    """What was gained against what was forgotten: a line a method from the start over its rates, a
-    dot a seed."""
-    plt = pyplot()
-    cells = by_method(lines)
-    placed = set().union(*GROUPS.values())
-    rows = GROUPS | {"decay to the start, replay": [name for name in cells if "+" in name]}
-    rows["what lost"] = [name for name in cells if name not in placed and "+" not in name]
-    rows = {title: group for title, group in rows.items() if cells.keys() & group}
-    shape = {"figsize": (11, 3.4 * len(rows)), "squeeze": False}
-    figure, panels = plt.subplots(len(rows), 2, sharex=True, sharey=True, **shape)
-    for row, (title, group) in zip(panels, rows.items()):
-        names = [name for name in dict.fromkeys([*IN_EVERY_ROW, *group]) if name in cells]
-        for axes, target in zip(row, ("same target", "other target")):
-            for number, name in enumerate(names):
-                color = IN_EVERY_ROW.get(name) or plt.cm.tab10(number % 10)
-                groups = [[(0.0, 0.0)]]
-                for own in cells[name].values():
-                    groups.append(list(zip(changes(own, target), changes(own, "tuned"))))
-                marker = MARKERS[number % len(MARKERS)]
-                dots_and_means(axes, groups, name, color=color, marker=marker)
-            axes.set_xlabel(f"change of BLEU, other pairs, {target}")
-            axes.set_xlim(left=max(axes.get_xlim()[0], FARTHEST))
-            axes.grid(alpha=0.3)
-        row[0].set_title(title, loc="left")
-        row[0].set_ylabel("change of BLEU, tuned pairs")
-        row[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.tight_layout()
-    save(figure, path)
-
-
-def forgetting(lines):
-    """method -> row -> pair -> mean change of BLEU; a row is a tuned pair, or a stage of in-turn."""
-    found = {}
-    for line in lines:
-        rows = line.get("stages") or {",".join(line["pairs"]): line["after"]}
-        for row, scores in rows.items():
-            for pair, after in scores.items():
-                change = after["bleu"] - line["before"][pair]["bleu"]
-                place = found.setdefault(line["method"], {}).setdefault(row, {})
-                place.setdefault(pair, []).append(change)
-    for rows in found.values():
-        for pairs in rows.values():
-            pairs.update({pair: mean(changes) for pair, changes in pairs.items()})
-    return found
+def show_stages(lines):
+    """Pairs tuned one after another: what the first gained after each, and all at the end."""
+    pairs = lines[0]["pairs"]
+    places = [(stage, pairs[0]) for stage in pairs] + [(pairs[-1], pair) for pair in pairs[1:]]
+    rows = []
+    for name, rates in by_method(lines).items():
+        for rate, own in rates.items():
+            row = [name, f"{rate:g}", len(own)]
+            for stage, pair in places:
+                after = mean(line["stages"][stage][pair]["bleu"] for line in own)
+                row.append(f"{after - own[0]['before'][pair]['bleu']:+.1f}")
+            rows.append([*row, *(spread(changes(own, kind)) for kind in ("tuned", "others"))])
+    rows.sort(key=lambda row: float(row[3]))  # by what the first pair gained alone
+    stages = [f"{pair} after {stage}" for stage, pair in places]
+    table(["method", "rate", "cells", *stages, f"mean of {len(pairs)}", "others"], rows)
 
 
 def draw_cells(axes, values, texts, rows, columns, limits, cmap):
@@ -692,25 +638,6 @@ def draw_cells(axes, values, texts, rows, columns, limits, cmap):
     axes.set_xticks([column + 0.5 for column in range(len(columns))], columns)
     axes.set_yticks([row + 0.5 for row in range(len(rows))], rows)
     axes.tick_params(length=0)
-
-
-def draw_matrix(lines, path):
-    """What tuning the pair of a row, alone or after those above it, did to every pair."""
-    plt = pyplot()
-    found = forgetting(at_best_rate(lines))
-    count = max(len(rows) for rows in found.values())
-    size = 8, len(found) * (1 + 0.3 * count)
-    figure, panels = plt.subplots(len(found), 1, figsize=size, squeeze=False)
-    for axes, (name, rows) in zip(panels[:, 0], found.items()):
-        values = torch.tensor([list(row.values()) for row in rows.values()])
-        texts = {place: f"{value:+.1f}" for place, value in np.ndenumerate(values.numpy())}
-        limit = 1.8 * values.abs().max().item()  # no color so dark that it hides the number
-        pairs = list(next(iter(rows.values())))
-        draw_cells(axes, values, texts, list(rows), pairs, (-limit, limit), "PuOr")
-        axes.tick_params(axis="x", rotation=45)
-        axes.set_title(name)
-    figure.tight_layout()
-    save(figure, path)
 
 
 CURVES = {  # file -> methods with a number in their names, label of the number, logarithmic
@@ -758,13 +685,10 @@ def plot(out):
         lines = [line for line in lines if line not in in_curve]
         if in_curve:
             draw_curve(in_curve, pattern, *looks, out / name)
-    if not lines:
-        return
-    show_table(lines)
-    if not math.isnan(gains(lines[0])["others"]):
-        draw_front(lines, out / "front.svg")
-    if grid["tune"] != "together":
-        draw_matrix(lines, out / "matrix.svg")
+    if lines and grid["tune"] == "in-turn":
+        show_stages(lines)
+    elif lines:
+        show_table(lines)
 
 
 def run_or_plot(parser, argv, show, work):

@@ -6,6 +6,7 @@
 The loss of others is that of their references, on valid text, and what it gained the BLEU of the
 tuned pair, on test text. Over all cells of a method, rates, strengths and seeds, gain is fitted as a
 function of loss that never falls, and read off where the perplexity of others is up by 1, 2 and 5%.
+Where all cells lose less than that, the limit binds nobody: the gain is that of the best on valid.
 Rates above the one with the lowest validation loss are left out: nobody would choose them.
 
 Intervals hold 90% of 1000 draws, each of seeds and of sentences, the same draws for all methods, so
@@ -44,6 +45,7 @@ class Grid(NamedTuple):
     gain: np.ndarray  # [C, DRAWS] change of the tuned pair's BLEU
     loss: dict  # "same target", "other target" -> [C, DRAWS] change of the loss of a token, nats
     often: np.ndarray  # [C, DRAWS] how often the cell's seed was drawn
+    plain: dict  # language -> loss of a token of plain text before training
 
 
 def draw(rng, size):
@@ -97,7 +99,15 @@ def read_grid(out):
             loss[kind].append((valid @ tensors[f"{name} loss"][row]) / (valid @ tokens[row]))
     loss = {kind: np.array(own) for kind, own in loss.items()}
     often = np.array([seed_draws[line["seed"]] for line in lines])
-    return Grid(out.name, lines, np.array(gain), loss, often)
+    name = re.sub(r"-(?=\w+-\w+$)", " ", out.name.removeprefix("grid-"))
+    return Grid(
+        name,
+        lines,
+        np.array(gain),
+        loss,
+        often,
+        read_json(out / "before.json").get("plain_loss", {}),
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -123,14 +133,16 @@ def monotone(x, y, weights):
     return x[order], np.repeat(means, points)
 
 
-def gain_at(x, y, weights, limit):
+def gain_at(x, y, weights, limit, best):
     """What is gained where others lose `limit`; NaN where every cell loses more.
 
-    Where every cell loses less it is what the last of them gains: the limit need not be used up.
+    Where every cell loses less, the limit binds nobody: what the best on valid gain, [C] bool.
     """
     drawn = weights > 0
     if not drawn.any() or x[drawn].min() > limit:
         return math.nan
+    if x[drawn].max() <= limit and weights[best].any():
+        return np.average(y[best], weights=weights[best])
     return np.interp(limit, *monotone(x[drawn], y[drawn], weights[drawn]))
 
 
@@ -153,10 +165,20 @@ def sensible(lines):
     return found
 
 
+def best_on_valid(lines):
+    """Which lines are of the method (of several strengths) and rate with the lowest loss. [C] bool"""
+    groups = {}
+    for line in lines:
+        groups.setdefault((line["method"], line["rate"]), []).append(line)
+    best = min(groups, key=lambda group: compare.valid_loss(groups[group]))
+    return np.array([(line["method"], line["rate"]) == best for line in lines])
+
+
 def gains_at(grid, cells, limit, kind="other target"):
     """[DRAWS] of gain_at over some cells of a grid."""
+    best = best_on_valid([grid.lines[cell] for cell in cells])
     x, y, weights = grid.loss[kind][cells], grid.gain[cells], grid.often[cells]
-    return np.array([gain_at(x[:, r], y[:, r], weights[:, r], limit) for r in range(DRAWS)])
+    return np.array([gain_at(x[:, r], y[:, r], weights[:, r], limit, best) for r in range(DRAWS)])
 
 
 def mean_over_seeds(values, often):
@@ -203,9 +225,14 @@ def show_best_rates(grid):
         for kind in OTHERS:
             row.append(interval(mean_over_seeds(grid.loss[kind][cells], often), digits=3))
         drift = [np.mean(list(line["kl"].values())) for line in rates[rate]]
-        rows.append([*row, f"{np.mean(drift):.4f}"])
+        row.append(f"{np.mean(drift):.4f}")
+        for language, before in grid.plain.items():
+            change = np.mean([line["plain_loss"][language] for line in rates[rate]]) - before
+            row.append(f"{change:+.2f}")
+        rows.append(row)
     head = ["method", "rate", "n", "weights", "valid", "BLEU gained"]
-    table([*head, "loss, same target", "loss, other target", "KL"], rows)
+    plain = [f"plain {language}" for language in grid.plain]
+    table([*head, "loss, same target", "loss, other target", "KL", *plain], rows)
 
 
 def show_chosen(out):
@@ -237,7 +264,7 @@ def show_equal_loss(grid):
             row.append(interval(draws) + unused)
         rows.append(row)
     table(["method", "n", *(f"others +{limit}" for limit in LIMITS)], rows)
-    print("n: cells; <: all of them lose less than that")
+    print("n: cells; <: all of them lose less, so this is what the best on valid gain")
 
 
 OURS = ("lander", "units-all", "scripts")
@@ -348,7 +375,7 @@ def main(argv=None):
             probe.plot(out)
             continue
         grid = read_grid(out)
-        print(f"\n{out}: {len(grid.lines)} cells")
+        print(f"\n{grid.name}: {len(grid.lines)} cells")
         show_best_rates(grid)
         show_chosen(out)
         show_equal_loss(grid)

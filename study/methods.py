@@ -438,7 +438,6 @@ SWEEPS = {
     **{f"k={k}": partial(landermt, k=k) for k in (1, 2, 3, 4, 5, 7)},
     **{f"epsilon={e}": partial(landermt, epsilon=e) for e in (0.5, 0.75, 0.8, 0.85, 0.95, 1.0)},
 }
-GROUPS = {"the method and its parts": PARTS, "rivals": RIVALS, "variants": VARIANTS}
 METHODS = PARTS | RIVALS | VARIANTS | SWEEPS
 
 

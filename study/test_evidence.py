@@ -441,7 +441,14 @@ def test_pairs_tuned_each_and_in_turn(world, here, capsys):
     assert first["qaa-qab"] == each[0]["after"]["qaa-qab"]  # the first pair is tuned as it is alone
     assert turn["stages"]["qab-qaa"] == turn["after"]
     assert turn["valid_loss"]["qab-qaa"] != each[1]["valid_loss"]["qab-qaa"]
-    assert list(compare.forgetting([turn])["attention"]) == ["qaa-qab", "qab-qaa"]
+    capsys.readouterr()
+    assert compare.main(["--plot", "in-turn"]) == 0
+    row = capsys.readouterr().out.splitlines()[-1].split("|")[4:7]
+    for cell, (stage, pair) in zip(
+        row, [("qaa-qab", "qaa-qab"), ("qab-qaa", "qaa-qab"), ("qab-qaa", "qab-qaa")]
+    ):
+        gained = turn["stages"][stage][pair]["bleu"] - turn["before"][pair]["bleu"]
+        assert float(cell) == pytest.approx(gained, abs=0.051)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -460,13 +467,20 @@ def test_the_monotone_fit_by_hand():
 
 
 def test_gain_at_an_equal_loss():
-    """A gain promised where every cell loses more; a seed that was not drawn."""
-    x, y = np.array([0.1, 0.3, 0.5]), np.array([10.0, 20.0, 40.0])
-    ones = np.ones(3)
-    assert evidence.gain_at(x, y, ones, 0.2) == pytest.approx(15)
-    assert evidence.gain_at(x, y, ones, 0.9) == 40
-    assert np.isnan(evidence.gain_at(x, y, ones, 0.05))
-    assert np.isnan(evidence.gain_at(x, y, np.array([0.0, 1, 1]), 0.2))
+    """A gain promised where every cell loses more; a seed not drawn; rates averaged for no reason."""
+    x, y = np.array([0.1, 0.3, 0.5]), np.array([10.0, 40.0, 20.0])
+    ones, best = np.ones(3), np.array([False, True, False])
+    assert evidence.gain_at(x, y, ones, 0.2, best) == pytest.approx(20)
+    assert evidence.gain_at(x, y, ones, 0.4, best) == pytest.approx(30)
+    assert evidence.gain_at(x, y, ones, 0.9, best) == 40
+    assert evidence.gain_at(x, y, np.array([1.0, 0, 1]), 0.9, best) == 20
+    assert np.isnan(evidence.gain_at(x, y, ones, 0.05, best))
+    assert np.isnan(evidence.gain_at(x, y, np.array([0.0, 1, 1]), 0.2, best))
+    lines = []
+    for rate, loss in ((0.1, 3.0), (0.1, 1.0), (0.2, 1.5)):
+        line = {"method": "full", "rate": rate, "pairs": ["en-de"], "valid_loss": {"en-de": loss}}
+        lines.append(line)
+    assert evidence.best_on_valid(lines).tolist() == [False, False, True]  # by means over seeds
 
 
 def test_bleu_of_counts_is_sacrebleus():
@@ -505,7 +519,7 @@ def test_two_methods_share_their_draws():
         for rate in (0.1, 0.2):
             line = {"method": method, "rate": rate, "seed": 0, "pairs": ["en-de"]}
             lines.append(line | {"valid_loss": {"en-de": 1 - rate}})
-    grid = evidence.Grid("ground", lines, gain, loss, np.ones((4, evidence.DRAWS)))
+    grid = evidence.Grid("ground", lines, gain, loss, np.ones((4, evidence.DRAWS)), {})
     found = evidence.differences(grid, "lander", 0.05)
     assert list(found) == ["full"] and np.allclose(found["full"], -2)
     assert evidence.verdict(found["full"]) == "below"
