@@ -39,11 +39,21 @@ class Run(NamedTuple):
     args: dict
     analysis: dict  # layers.json: tuned pair -> differences, selected layers
     groups: dict  # neurons.json
-    variance: torch.Tensor  # [K, F]: of scaled awareness, over pairs
+    variance: dict  # "neuron", "channel" with --units all -> [K, F], [K, C]: of scaled awareness
     log: list  # the lines of log.jsonl: the first and the last hold validation losses
     results: dict  # results.json: evaluated pair -> before, after
     model: torch.nn.Module
     tokenizer: object
+
+
+def variance_over_pairs(path, columns=None):
+    """Of a file of awareness, scaled. columns: those of each channel. -> [K, units]"""
+    stored = read_tensors(path)
+    with reading(path):
+        awareness = torch.stack(list(stored.values()))  # [P, K, F]
+        if columns is not None:
+            awareness = awareness[..., columns].mean(-1)
+        return lander.scale_awareness(awareness).var(0, correction=0)
 
 
 def read_run(folder):
@@ -58,11 +68,11 @@ def read_run(folder):
                 raise InputError(f"{folder / 'results.json'}: {pair} has no after: not finished")
     with reading(folder / "log.jsonl"):
         log = [parse_json(line) for line in read_lines(folder / "log.jsonl")]
-    awareness = read_tensors(folder / "awareness.safetensors")
-    with reading(folder / "awareness.safetensors"):
-        scaled = lander.scale_awareness(torch.stack(list(awareness.values())))  # [P, K, F]
-    variance = scaled.var(0, correction=0)
     args = lander.read_args(folder)
+    variance = {"neuron": variance_over_pairs(folder / "awareness.safetensors")}
+    if args["units"] == "all":
+        _, columns = lander.channel_places(model.config)
+        variance["channel"] = variance_over_pairs(folder / "channels.safetensors", columns)
     return Run(folder, args, analysis, groups, variance, log, results, model, tokenizer)
 
 
@@ -115,20 +125,20 @@ def draw_differences(axes, run, pair):
     axes.set_xticks([layer for layer in layers if len(layers) < 16 or layer in own["selected"]])
 
 
-def draw_variance(axes, run):
-    """Which neurons are specific: those right of the cut, however the pairs share them."""
-    F = run.variance.shape[1]
+def draw_variance(axes, run, unit="neuron"):
+    """Which units are specific: those right of the cut, however the pairs share them."""
+    F = run.variance[unit].shape[1]
     epsilon = run.args["epsilon"]
     specific = round((1 - epsilon) * F)
     cut = F - specific
     axes.axvspan(0, cut, color=GENERAL, alpha=0.15, linewidth=0)
     axes.axvspan(cut, F, color=SPECIFIC, alpha=0.25, linewidth=0)
     axes.axvline(cut, color="black", linewidth=1)
-    for number, (layer, variance) in enumerate(zip(run.groups, run.variance)):
+    for number, (layer, variance) in enumerate(zip(run.groups, run.variance[unit])):
         style = {"color": PAIRS[number % len(PAIRS)], "linewidth": 1.5}
         axes.plot(range(1, F + 1), variance.sort().values, label=f"layer {layer}", **style)
     axes.set(yscale="log", xlim=(0, F), ylabel="variance over pairs")
-    axes.set_xlabel(f"neurons, sorted: {cut} general | {specific} specific (epsilon = {epsilon})")
+    axes.set_xlabel(f"{unit}s, sorted: {cut} general | {specific} specific (epsilon = {epsilon})")
     legend_above(axes, columns=4)
 
 
@@ -139,20 +149,21 @@ def frame_cells(axes, cells):
         axes.add_patch(Rectangle((column + 0.03, row + 0.03), 0.94, 0.94, fill=False, linewidth=2))
 
 
-def draw_owners(axes, run):
-    """How many neurons of each layer each pair owns."""
+def draw_owners(axes, run, unit="neuron"):
+    """How many neurons or channels of each layer each pair owns."""
+    kind = {"neuron": "specific", "channel": "channels"}[unit]
     pairs = list(next(iter(run.groups.values()))["specific"])
     counts = torch.zeros(len(pairs), len(run.groups))
     texts, trained = {}, []
     for column, group in enumerate(run.groups.values()):
         for row, pair in enumerate(pairs):
-            counts[row, column] = texts[row, column] = len(group["specific"][pair])
+            counts[row, column] = texts[row, column] = len(group[kind][pair])
             if pair in group["share"]:
                 trained.append((row, column))
     limits = 0, 1.6 * max(1, counts.max().item())  # no color so dark that it hides the number
     compare.draw_cells(axes, counts, texts, pairs, list(run.groups), limits, "Oranges")
     frame_cells(axes, trained)
-    axes.set(xlabel="layer", title="neurons owned; framed: trained by the pair")
+    axes.set(xlabel="layer", title=f"{unit}s owned; framed: trained by the pair")
 
 
 def draw_losses(axes, run):
@@ -374,7 +385,8 @@ TEXTS = {
     "Which neurons are specific": """Awareness says how much a pair's loss needs a neuron. Sorted by
         how much it varies over pairs, neurons on the left matter to all pairs alike: they are
         language-general. Those right of the black line, the share 1 - epsilon that varies most, are
-        language-specific. A line is a layer; a steep end means that the split is a clear one.""",
+        language-specific. A line is a layer; a steep end means that the split is a clear one. With
+        --units all attention's channels are split alike.""",
     "Who owns them": """Each specific neuron belongs to the pair that needs it most. A row is a
         pair, a column a layer, a cell the number of neurons. A tuned pair trains the general
         neurons and those in its framed cells; what other pairs own stays as it was, to the bit.""",
@@ -412,13 +424,17 @@ def section(heading, text, shown, beside=True):
 def show_page(run):
     """-> the page as HTML"""
     pairs, width = next(iter(run.groups.values()))["specific"], max(4.6, 0.85 * len(languages(run)))
-    layers = ""
+    layers = variances = owners = ""
     for pair in run.analysis:
         layers += picture(f"layers of {pair}", (4.6, 2.2), draw_differences, run, pair)
+    for unit in run.variance:
+        variances += picture(f"variance of {unit}s", (4.6, 3.4), draw_variance, run, unit)
+        size = 4.6, 1 + 0.3 * len(pairs)
+        owners += picture(f"owners of {unit}s", size, draw_owners, run, unit)
     shown = {
         "Layers": layers,
-        "Which neurons are specific": picture("variance", (4.6, 3.4), draw_variance, run),
-        "Who owns them": picture("owners", (4.6, 1 + 0.3 * len(pairs)), draw_owners, run),
+        "Which neurons are specific": variances,
+        "Who owns them": owners,
         "Loss": picture("loss", (4.6, 3.4), draw_losses, run),
         "BLEU": picture("BLEU", (width, 0.8 * width), draw_bleu, run),
     }

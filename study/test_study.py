@@ -283,12 +283,12 @@ def test_tokens_that_share_a_character_are_shown_together():
 
 
 def test_a_report_without_routing_and_validation(world, tmp_path, monkeypatch, capsys):
-    """A mean over no layers; the ends of a curve that is not there; a tuned pair not evaluated."""
+    """A mean over no layers; a curve that is not there; a pair not evaluated; channels not shown."""
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     shutil.copytree(world / "data", "text", ignore=shutil.ignore_patterns("valid.*"))
     words = "--data text --steps 2 --eval-pairs qaa-qab"
-    for name, more in (("plain", "--no-routing"), ("general", "--epsilon 1")):
+    for name, more in (("plain", "--no-routing --units all"), ("general", "--epsilon 1")):
         words_of_run = f"{words} --out {name} {more}"
         assert lander.main(arguments(world, words_of_run, pair="qaa-qab,qac-qab")) == 0
         assert picture.main([name]) == 0, capsys.readouterr().err
@@ -296,6 +296,8 @@ def test_a_report_without_routing_and_validation(world, tmp_path, monkeypatch, c
         assert page.count("there is no CAR to show") == 2 and 'class="tokens"' not in page
         assert page.count("It was not evaluated") == 1
         assert "There was no validation text" in page
+        assert ("channels owned" in page) == (name == "plain")
+        assert page.count("<svg") == (8 if name == "plain" else 6)
 
 
 def test_no_report_on_an_unfinished_run(finished, tmp_path, monkeypatch, capsys):
