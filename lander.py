@@ -59,8 +59,9 @@ Letters: B sentences, T tokens, D hidden size, F neurons of one FFN, V vocabular
 P pairs, K scored layers (those that any tuned pair selected), k layers that a pair selects, h what
 the down projection reads: the neurons' activations.
 
-In this file: layers; neurons; groups; routing; training; evaluation. There the method ends. Then a
-run: several processes; settings and progress; the run folder; tune; translate; export; main.
+In this file: layers; neurons; groups; routing; attention, too; training; evaluation. There the method
+ends. Then a run: several processes; settings and progress; the run folder; tune; translate; export;
+main.
 """
 
 import signal

@@ -20,7 +20,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 
 import lander
-from data import make_batch, split_pair
+from data import InputError, make_batch, split_pair
 from model import Linear
 
 
@@ -295,6 +295,8 @@ def both(model, context, layers=None, epsilon=None):
 
 def all_units(model, context):
     """LANDeRMT with all units: the FFN's neurons and attention's channels, of the same layers."""
+    if len(context.tuned) > 1:
+        raise InputError(f"--pair {','.join(context.tuned)}: these units are those of one pair")
     (selected,) = select(context).values()
     return both(model, context, selected)
 
