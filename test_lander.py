@@ -1430,8 +1430,9 @@ def test_limits_and_groups_by_hand(monkeypatch):
 
     def loops(ids, mask, limits, eos_id, beams, **options):
         asked.append((len(ids), limits))
-        return [[65] * limit for limit in limits]
+        return [[65] * (limit - ends) for limit in limits]
 
+    ends = 0  # so many tokens before the limit
     monkeypatch.setattr(decoder, "generate", loops)
     prompt = len(data.prompt_text("en-de", "a"))
     sources = ["a", "b", "c", "d"]
@@ -1439,6 +1440,8 @@ def test_limits_and_groups_by_hand(monkeypatch):
     translations(decoder, sources, new_tokens=7)
     assert asked == [(4, [3 * prompt] * 4), (4, [7 * prompt] * 4)]
     assert cut == 4 and len(lines[0]) == 3 * prompt
+    ends = 1
+    assert translations(decoder, sources)[1] == 0, "none came to its limit"
     room = 2 * 4 * prompt * decoder.cache_bytes() / 1e9  # for two prompts and their translations
     for beams, sizes in [(1, [2, 2]), (2, [1, 1, 1, 1])]:
         asked.clear()
