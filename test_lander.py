@@ -1308,7 +1308,10 @@ def assert_same_result(folder, other):
             assert entry[key] == pytest.approx(same[key], rel=1e-5)
 
 
-@pytest.mark.parametrize("processes, options", [(2, "--keep 0.5 --max-tokens 0"), (3, "--batch 2")])
+@pytest.mark.parametrize(
+    "processes, options",
+    [(2, "--keep 0.5 --max-tokens 0"), (2, "--units all --no-routing"), (3, "--batch 2")],
+)
 def test_the_number_of_processes_does_not_matter(world, here, capfd, processes, options):
     """A mean of means; a share counted twice; a process without a sentence that moves other neurons."""
     words = arguments(world, f"{options} --steps 6", pair="qaa-qab,qac-qab")
