@@ -31,8 +31,11 @@ ENDS = {"SIGKILL": -signal.SIGKILL, "SIGTERM": 130, "full disk": 2}
 
 def start(world, out, *words, largest_file=resource.RLIM_INFINITY):
     """Run lander.main in a process of its own, in that world. -> its number"""
+    (world / f"{out}.err").touch()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # until the run begins
     child = os.fork()
     if child:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         return child
     os.chdir(world)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as lander.py has it
@@ -41,6 +44,9 @@ def start(world, out, *words, largest_file=resource.RLIM_INFINITY):
     status = 99  # a traceback
     with open(f"{out}.err", "a") as err, open(f"{out}.out", "a") as printed:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(err):
+            if signal.SIGTERM in signal.sigpending():
+                os._exit(ENDS["SIGTERM"])
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
             try:
                 status = lander.main([*fuzz.run_words("bloom", out), *WORDS, *words])
             finally:
