@@ -113,7 +113,9 @@ class Linear(nn.Linear):
     cast = None  # weight and bias in the input's type, while cast_once is open
 
     def reset_parameters(self):
-        """New weights are N(0, 0.02), biases zero."""
+        """New weights are N(0, 0.02), biases zero; on the meta device there is nothing to fill."""
+        if self.weight.is_meta:
+            return  # normal_ takes its time even there
         nn.init.normal_(self.weight, std=0.02)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
