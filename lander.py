@@ -459,6 +459,12 @@ def channel_places(config):
     return torch.cat([queries, key.reshape(-1, 1), value.reshape(-1, 1)], 1), columns
 
 
+def channel_awareness(awareness, config):
+    """A channel's, from that of each value the output projection reads. [.., H * d] -> [.., C]"""
+    _, columns = channel_places(config)
+    return awareness[..., columns].mean(-1)
+
+
 class PartlyTrained(Linear):
     """A linear layer of which some rows (dimension 0) or columns (1) learn, as fp32 masters.
 
@@ -500,9 +506,8 @@ def select_channels(attention, channels, tuned):
     del parts["rest"]
     for name, dimension, places in ("query_key_value", 0, rows), ("output", 1, columns):
         linear = getattr(attention, name)
-        index = {
-            part: places[own].flatten().to(linear.weight.device) for part, own in parts.items()
-        }
+        places = places.to(linear.weight.device)
+        index = {part: places[own].flatten() for part, own in parts.items()}
         setattr(attention, name, PartlyTrained(linear, dimension, index))
 
 
@@ -695,23 +700,28 @@ def make_metrics(pair):
         raise InputError(f"{pair}: no BLEU tokenizer ({str(error).splitlines()[0]})") from None
 
 
+def translate_text(model, tokenizer, pair, sources, decoding, new_tokens=NEW_TOKENS):
+    """Translate sentences, each process its share. -> lines, how many ran to their limit"""
+    own = list(of_this_process(enumerate(sources)))
+    rest = own, decoding, f"translating {pair}", new_tokens
+    translated = translate_lines(model, tokenizer, pair, *rest)
+    translations = gather({number: (line, cut) for number, line, cut in translated})
+    lines = [translations[number][0] for number in range(len(sources))]
+    return lines, sum(cut for _, cut in translations.values())
+
+
 def evaluate(model, tokenizer, pair, text, decoding, new_tokens=NEW_TOKENS):
     """Translate text, [(source, target), ...], and score it. -> hypotheses, scores
 
     scores: {"bleu": ..., "chrf": ..., their signatures, "cut": how many ran to their limit}
     """
-    sources = list(of_this_process(enumerate(source for source, _ in text)))
-    rest = sources, decoding, f"translating {pair}", new_tokens
-    translated = translate_lines(model, tokenizer, pair, *rest)
-    translations = gather({number: (line, cut) for number, line, cut in translated})
-    hypotheses = [translations[number][0] for number in range(len(text))]
-    references = [target for _, target in text]
+    sources, references = [source for source, _ in text], [target for _, target in text]
+    hypotheses, cut = translate_text(model, tokenizer, pair, sources, decoding, new_tokens)
     scores = {}
     for name, metric in make_metrics(pair).items():
         scores[name] = metric.corpus_score(hypotheses, [references]).score
         scores[f"{name}_signature"] = str(metric.get_signature())
-    scores["cut"] = sum(cut for _, cut in translations.values())
-    return hypotheses, scores
+    return hypotheses, scores | {"cut": cut}
 
 
 # The method ends here. What follows is a run.
@@ -1109,7 +1119,7 @@ class Inputs(NamedTuple):
     train: dict  # tuned pair -> [(source, target), ...]
     valid: dict  # tuned pair -> rendered examples, where there is such text
     scoring: dict  # tuned and other pairs -> rendered examples for the scores
-    others: dict  # pair that is not tuned -> [(source, target), ...], of the training text
+    others: dict  # pair that is not tuned -> sources of its training text
     test: dict  # evaluated pair -> [(source, target), ...]
     paths: dict  # name in args.json -> path
     max_tokens: int  # longer examples are skipped
@@ -1146,7 +1156,7 @@ def read_inputs(tokenizer, tuned, settings):
         chosen = random.Random(settings.seed).sample(text, size)
         scoring[pair] = rendered(pair, chosen)
         if pair not in tuned:
-            others[pair] = chosen[:KEPT_SENTENCES]
+            others[pair] = [source for source, _ in chosen[:KEPT_SENTENCES]]
     if len(scoring) < 2:
         raise InputError(f"{settings.data}: training text of one pair only; {NEEDS_TWO_PAIRS}")
     with_valid = list_pairs(settings.data, "valid")
@@ -1228,8 +1238,7 @@ def group_neurons(model, tokenizer, scoring, selected, settings, folder):
     groups = describe_groups(awareness, owner, pairs, selected)
     if settings.units == "all":
         read = score_units(*rest, "attention.output", settings, folder / "channels.safetensors")
-        _, columns = channel_places(model.config)
-        owner = categorize(read[..., columns].mean(-1), settings.epsilon)
+        owner = categorize(channel_awareness(read, model.config), settings.epsilon)
         for k, group in enumerate(groups.values()):
             group["channels"] = owned_by(owner[k], pairs)
     write(folder / "neurons.json", groups)
@@ -1259,13 +1268,13 @@ def kept_examples(model, tokenizer, others, settings, new_tokens, path):
     """kept.json: what the model says of other pairs' sources before training. -> rendered examples"""
 
     def make(pair):
-        greedy = replace(settings, beams=1)
-        return evaluate(model, tokenizer, pair, others[pair], greedy, new_tokens[pair])[0]
+        rest = replace(settings, beams=1), new_tokens[pair]
+        return translate_text(model, tokenizer, pair, others[pair], *rest)[0]
 
     said, examples = grow(path, others, make), []
     with reading(path):
-        for pair, text in others.items():
-            for (source, _), line in zip(text, said[pair], strict=True):
+        for pair, sources in others.items():
+            for source, line in zip(sources, said[pair], strict=True):
                 examples.append(render(tokenizer, pair, source, line))
     kept = short_enough(examples, settings.max_tokens)
     if not kept:

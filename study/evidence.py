@@ -81,7 +81,8 @@ def read_grid(out):
     (tuned,) = {tuple(line["pairs"]) for line in lines}
     before = with_totals(tensors[f"before {tuned[0]} bleu"])  # [N, 10]
     tokens = np.zeros((len(compare.KINDS), len(tensors[f"before {tuned[0]} tokens"])))  # [3, V]
-    for pair in read_json(out / "before.json")["valid_loss"]:
+    measured = read_json(out / "before.json")
+    for pair in measured["valid_loss"]:
         kind = compare.KINDS.index(compare.kind_of(pair, tuned))
         tokens[kind] += tensors[f"before {pair} tokens"]
     rng = np.random.default_rng(0)
@@ -100,14 +101,7 @@ def read_grid(out):
     loss = {kind: np.array(own) for kind, own in loss.items()}
     often = np.array([seed_draws[line["seed"]] for line in lines])
     name = re.sub(r"-(?=\w+-\w+$)", " ", out.name.removeprefix("grid-"))
-    return Grid(
-        name,
-        lines,
-        np.array(gain),
-        loss,
-        often,
-        read_json(out / "before.json").get("plain_loss", {}),
-    )
+    return Grid(name, lines, np.array(gain), loss, often, measured.get("plain_loss", {}))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -167,10 +161,10 @@ def sensible(lines):
 
 def best_on_valid(lines):
     """Which lines are of the method (of several strengths) and rate with the lowest loss. [C] bool"""
-    groups = {}
-    for line in lines:
-        groups.setdefault((line["method"], line["rate"]), []).append(line)
-    best = min(groups, key=lambda group: compare.valid_loss(groups[group]))
+    losses = {}
+    for method, rates in compare.by_method(lines).items():
+        losses |= {(method, rate): compare.valid_loss(own) for rate, own in rates.items()}
+    best = min(losses, key=losses.get)
     return np.array([(line["method"], line["rate"]) == best for line in lines])
 
 

@@ -508,8 +508,7 @@ def at_start(parameters, start):
 
 def log_probabilities(model, batch):
     """Of the next token, at each target token. -> [N, V]"""
-    ids, mask, targets = lander.to_device(batch, model)
-    hidden = model.hidden_states(ids, mask)[targets != -100]
+    hidden, _ = lander.target_states(model, batch)
     return model.logits(hidden).float().log_softmax(-1)
 
 

@@ -46,14 +46,16 @@ class Run(NamedTuple):
     tokenizer: object
 
 
-def variance_over_pairs(path, columns=None):
-    """Of a file of awareness, scaled. columns: those of each channel. -> [K, units]"""
+def read_awareness(path):
+    """What a file of a run holds. -> [P, K, units]"""
     stored = read_tensors(path)
     with reading(path):
-        awareness = torch.stack(list(stored.values()))  # [P, K, F]
-        if columns is not None:
-            awareness = awareness[..., columns].mean(-1)
-        return lander.scale_awareness(awareness).var(0, correction=0)
+        return torch.stack(list(stored.values()))
+
+
+def variance_over_pairs(awareness):
+    """Of scaled awareness. [P, K, F] -> [K, F]"""
+    return lander.scale_awareness(awareness).var(0, correction=0)
 
 
 def read_run(folder):
@@ -69,10 +71,11 @@ def read_run(folder):
     with reading(folder / "log.jsonl"):
         log = [parse_json(line) for line in read_lines(folder / "log.jsonl")]
     args = lander.read_args(folder)
-    variance = {"neuron": variance_over_pairs(folder / "awareness.safetensors")}
+    variance = {"neuron": variance_over_pairs(read_awareness(folder / "awareness.safetensors"))}
     if args["units"] == "all":
-        _, columns = lander.channel_places(model.config)
-        variance["channel"] = variance_over_pairs(folder / "channels.safetensors", columns)
+        read = read_awareness(folder / "channels.safetensors")
+        awareness = lander.channel_awareness(read, model.config)
+        variance["channel"] = variance_over_pairs(awareness)
     return Run(folder, args, analysis, groups, variance, log, results, model, tokenizer)
 
 
