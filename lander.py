@@ -465,50 +465,75 @@ def channel_awareness(awareness, config):
     return awareness[..., columns].mean(-1)
 
 
-class PartlyTrained(Linear):
-    """A linear layer of which some rows (dimension 0) or columns (1) learn, as fp32 masters.
+def add_channels(groups, awareness, config, pairs, epsilon):
+    """Say in groups which channels each pair owns. awareness [P, K, H * d]; rest: describe_groups"""
+    owner = categorize(channel_awareness(awareness, config), epsilon)  # [K, C]
+    for k, group in enumerate(groups.values()):
+        group["channels"] = owned_by(owner[k], pairs)
 
-    places: "general" and tuned pair -> its rows or columns. The weight itself never changes, and no
-    bias: a key's has no effect without rotary positions, and AdamW would move it by rounding alone.
+
+class PartlyTrained(Linear):
+    """A linear layer of which some rows or columns of the weight learn, and some biases.
+
+    places: "weight" and perhaps "bias" -> which dimension of it counts what learns, and {"general"
+    or tuned pair: its numbers}. Masters are fp32; weight and bias themselves never change.
     """
 
-    def __init__(self, linear, dimension, places):
+    def __init__(self, linear, places):
         rows, columns = linear.weight.shape
         super().__init__(columns, rows, bias=linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
-        self.dimension, self.places = dimension, places
-        self.parts = nn.ParameterDict()
-        for name, index in places.items():
-            self.parts[name] = linear.weight.detach().index_select(dimension, index).float()
+        self.places = places
+        self.parts = nn.ModuleDict()
+        for kind, (dimension, numbers) in places.items():
+            whole = getattr(linear, kind).detach()
+            parts = {name: whole.index_select(dimension, n).float() for name, n in numbers.items()}
+            self.parts[kind] = nn.ParameterDict(parts)
 
     def what_learns(self, pair):
         """name -> Parameter of all that learns from a pair: general channels and its own."""
-        names = ("general", pair) if pair in self.parts else ()
-        return {f"parts.{name}": self.parts[name] for name in names}
+        learners = {}
+        for kind, parts in self.parts.items():
+            for name in ("general", pair) if pair in parts else ():
+                learners[f"parts.{kind}.{name}"] = parts[name]
+        return learners
 
     def operands(self, dtype):
         """Weight and bias as a product in that type takes them, what learns in its places."""
-        weight, bias = super().operands(dtype)
-        for name, part in self.parts.items():
-            weight = weight.index_copy(self.dimension, self.places[name], part.to(dtype))
-        return weight, bias
+        operands = dict(zip(("weight", "bias"), super().operands(dtype)))
+        for kind, parts in self.parts.items():
+            dimension, numbers = self.places[kind]
+            for name, part in parts.items():
+                part = part.to(dtype)
+                operands[kind] = operands[kind].index_copy(dimension, numbers[name], part)
+        return operands["weight"], operands["bias"]
 
     def settle(self):
-        """Write what was learned into the weight."""
-        self.weight.data, _ = self.operands(self.weight.dtype)
+        """Write what was learned into weight and bias."""
+        weight, bias = self.operands(self.weight.dtype)
+        self.weight.data = weight
+        if bias is not None:
+            self.bias.data = bias
         self.parts.clear()
 
 
 def select_channels(attention, channels, tuned):
     """Let channels of attention learn. channels: pair -> those that it owns; tuned: pairs"""
-    rows, columns = channel_places(attention.config)
+    config, device = attention.config, attention.output.weight.device
+    rows, columns = channel_places(config)
     parts = partition(len(rows), channels, tuned)
     del parts["rest"]
-    for name, dimension, places in ("query_key_value", 0, rows), ("output", 1, columns):
-        linear = getattr(attention, name)
-        places = places.to(linear.weight.device)
-        index = {part: places[own].flatten() for part, own in parts.items()}
-        setattr(attention, name, PartlyTrained(linear, dimension, index))
+
+    def numbers(places):
+        return {part: places[own].flatten().to(device) for part, own in parts.items()}
+
+    learn = {"weight": (0, numbers(rows))}
+    if config.query_key_value_bias:
+        # Without rotary positions a key's bias has no effect: AdamW would move it by rounding alone.
+        not_key = torch.cat([rows[:, :-2], rows[:, -1:]], 1)
+        learn["bias"] = 0, numbers(rows if config.positions == "rotary" else not_key)
+    attention.query_key_value = PartlyTrained(attention.query_key_value, learn)
+    attention.output = PartlyTrained(attention.output, {"weight": (1, numbers(columns))})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -903,7 +928,7 @@ class Progress:
         self.done = self.first = done
         self.start = self.shown = time.monotonic()
 
-    def add(self, count, note=""):
+    def add(self, count, remark=""):
         self.done += count
         terminal, now = sys.stderr.isatty(), time.monotonic()
         if terminal and self.done >= self.total:
@@ -912,7 +937,7 @@ class Progress:
             self.shown = now
             rate = max(self.done - self.first, 1) / (now - self.start)
             left = f"{rate:.3g}/s, {(self.total - self.done) / rate:.0f} s left"
-            line = f"{self.label}: {self.done}/{self.total} {self.unit}, {left}{note}"
+            line = f"{self.label}: {self.done}/{self.total} {self.unit}, {left}{remark}"
             line = f"\r{line:<79}" if terminal else f"{line}\n"
             print(line, end="", file=sys.stderr, flush=True)
 
@@ -936,14 +961,13 @@ def say(line=""):
 
 
 READERS = {".json": read_json, ".safetensors": read_tensors}
-WRITERS = READERS | {".json": write_json, ".safetensors": write_tensors}
-WRITERS |= {".txt": write_lines, ".jsonl": write_lines}
+WRITERS = {".json": write_json, ".safetensors": write_tensors}  # others are lines of text
 
 
 def write(path, value):
     """Write a file of the run, by its suffix; of several processes the first one does."""
     if process_number() == 0:
-        WRITERS[path.suffix](path, value)
+        WRITERS.get(path.suffix, write_lines)(path, value)
 
 
 def grow(path, keys, make):
@@ -1159,6 +1183,8 @@ def read_inputs(tokenizer, tuned, settings):
             others[pair] = [source for source, _ in chosen[:KEPT_SENTENCES]]
     if len(scoring) < 2:
         raise InputError(f"{settings.data}: training text of one pair only; {NEEDS_TWO_PAIRS}")
+    if settings.keep and not others:
+        raise InputError("--keep: --score-pairs and --data have no pair beside the tuned ones")
     with_valid = list_pairs(settings.data, "valid")
     for pair in tuned:
         if pair in with_valid:
@@ -1238,9 +1264,7 @@ def group_neurons(model, tokenizer, scoring, selected, settings, folder):
     groups = describe_groups(awareness, owner, pairs, selected)
     if settings.units == "all":
         read = score_units(*rest, "attention.output", settings, folder / "channels.safetensors")
-        owner = categorize(channel_awareness(read, model.config), settings.epsilon)
-        for k, group in enumerate(groups.values()):
-            group["channels"] = owned_by(owner[k], pairs)
+        add_channels(groups, read, model.config, pairs, settings.epsilon)
     write(folder / "neurons.json", groups)
     return groups
 

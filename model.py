@@ -55,9 +55,7 @@ class Config:
     norm_eps: float = 1e-6
     embedding_norm: bool = False  # a norm right after the embedding
     residual_after_norm: bool = False  # the residual is the norm's output, not its input
-    query_key_value: str = (
-        "stacked"  # rows of the projection: (3, H, d), or "interleaved" (H, 3, d)
-    )
+    query_key_value: str = "stacked"  # rows: (3, H, d), or "interleaved" (H, 3, d)
     query_key_value_bias: bool = False
     query_key_norm: bool = False  # an RMS norm of each head's query and key, before rotary
     output_bias: bool = False  # of attention

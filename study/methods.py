@@ -5,8 +5,8 @@ parameters learn from which pair, {"en-de": {name: Parameter}}. A keeper goes wi
 holds what learns near its start. compare.py does the rest: the same training, with the same batches,
 and the same evaluation for all.
 
-In this file: LANDeRMT and its parts; whole weights; LoRA and adapters; attention, too; the public
-scripts' recipe; keepers.
+In this file: LANDeRMT and its parts; whole weights; LoRA and adapters; the public scripts' recipe;
+keepers.
 """
 
 import math
@@ -20,7 +20,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 
 import lander
-from data import InputError, make_batch, split_pair
+from data import make_batch, split_pair
 from model import Linear
 
 
@@ -33,7 +33,7 @@ class Context(NamedTuple):
     tuned: list  # pairs
     differences: dict  # pair -> [L-1], by representation analysis
     awareness: torch.Tensor  # [P, L, F] of the neurons of all layers
-    channels: torch.Tensor  # [P, L, D] of the channels of attention
+    channels: torch.Tensor  # [P, L, H * d] of what attention's output reads
     adjacent: list = ()  # the layers that the public scripts' recipe trains
     languages: dict = {}  # language -> name of a module -> [out], how much each output matters
     valid: dict = {}  # pair -> rendered examples, of the same sentences in every pair
@@ -51,13 +51,16 @@ def select(context, k=None):
     return {pair: lander.select_layers(context.differences[pair], k) for pair in context.tuned}
 
 
-def install(model, context, selected, awareness=None, epsilon=None, routing=True):
-    """Group neurons of some layers, and route, as lander.py does; say what learns. -> learners"""
+def install(model, context, selected, awareness=None, epsilon=None, routing=True, channels=None):
+    """Group units of some layers, and route, as lander.py does; say what learns. -> learners"""
     awareness = context.awareness if awareness is None else awareness
     epsilon = context.settings.epsilon if epsilon is None else epsilon
-    own = awareness[:, lander.union(selected)]  # [P, K, F]
+    layers, pairs = lander.union(selected), list(context.inputs.scoring)
+    own = awareness[:, layers]  # [P, K, F]
     owner = lander.categorize(own, epsilon)
-    groups = lander.describe_groups(own, owner, list(context.inputs.scoring), selected)
+    groups = lander.describe_groups(own, owner, pairs, selected)
+    if channels is not None:
+        lander.add_channels(groups, channels[:, layers], model.config, pairs, epsilon)
     lander.install_routing(model, groups, routing)
     return {pair: lander.what_learns(model, pair) for pair in context.tuned}
 
@@ -95,6 +98,17 @@ def random_scores(model, context):
     return install(model, context, select(context), shuffled(context.awareness))
 
 
+def all_units(model, context):
+    """LANDeRMT as lander.py runs it with --units all: attention's channels, too."""
+    return install(model, context, select(context), channels=context.channels)
+
+
+def all_units_random(model, context):
+    """The same numbers of neurons and channels, by chance."""
+    awareness, channels = shuffled(context.awareness), shuffled(context.channels)
+    return install(model, context, select(context), awareness, channels=channels)
+
+
 # --------------------------------------------------------------------------------------------------
 # Whole weights
 
@@ -114,11 +128,11 @@ def full(model, context):
     return dict.fromkeys(context.tuned, own)
 
 
-def layers(model, context, part=""):
-    """The paper's Layers: every weight of the selected layers, of their FFNs or of all."""
+def layers(model, context):
+    """The paper's Layers: every weight of the selected layers' FFNs."""
     learners = {}
     for pair, selected in select(context).items():
-        where = [f"blocks.{layer}.{part}" for layer in selected]
+        where = [f"blocks.{layer}.ffn." for layer in selected]
         learners[pair] = weights(model, context, where)[pair]
     return learners
 
@@ -216,7 +230,11 @@ def adapter_lora(model, context):
 
 
 # --------------------------------------------------------------------------------------------------
-# The method in attention, too
+# The recipe of the public scripts
+#
+# github.com/rainyuniverse/llm_interpre is very likely the authors'. There a unit is an output of any
+# module of a block: a row of its weight and its bias. Languages own units, not pairs; a row's
+# gradient is scaled by its awareness, and nothing is routed.
 
 
 class Selected(nn.Module):
@@ -245,74 +263,6 @@ def learn_part(model, name, dimension, index):
     parametrize.register_parametrization(module, kind, part, unsafe=True)  # the part is in fp32
     whole = getattr(module.parametrizations, kind)
     return {f"{place}.parametrizations.{kind}.original0": whole.original0}
-
-
-def attention_channels(model, context, layers, learn):
-    """Train channels of attention. learn: [len(layers), D] bool -> learners
-
-    Attention is a sum over channels as an FFN is over neurons: channel i is row i of W_q, W_k and
-    W_v and column i of W_o. q . k is the sum over a head's channels of q_i k_i, and what W_o
-    reads of channel i, the mixed v_i, is its activation. Heads that share keys and values share
-    those rows.
-    """
-    config = model.config
-    H, H_kv, d = config.heads, config.kv_heads, config.head_size
-    own = {}
-    if config.query_key_value == "interleaved":
-        query, key, value = torch.arange(3 * H * d).view(H, 3, d).transpose(0, 1)
-    else:
-        query, key, value = torch.arange((H + 2 * H_kv) * d).view(-1, d).split([H, H_kv, H_kv])
-    shared = [part.repeat_interleave(H // H_kv, 0) for part in (key, value)]
-    # Of the fused projection: query, key and value of each channel.
-    rows = torch.stack([query, *shared]).reshape(3, H * d)
-    for layer, chosen in zip(layers, learn):
-        place = f"blocks.{layer}.attention"
-        index = rows[:, chosen].unique()
-        own |= learn_part(model, f"{place}.query_key_value.weight", 0, index)
-        if config.query_key_value_bias:
-            own |= learn_part(model, f"{place}.query_key_value.bias", 0, index)
-        columns = chosen.nonzero().flatten()
-        own |= learn_part(model, f"{place}.output.weight", 1, columns)
-    return dict.fromkeys(context.tuned, own)
-
-
-def channels(model, context, layers=None, epsilon=None):
-    """The method's idea in attention: general and own channels, of all layers or of these."""
-    (pair,) = context.tuned
-    layers = list(range(model.config.layers)) if layers is None else layers
-    epsilon = context.settings.epsilon if epsilon is None else epsilon
-    owner = lander.categorize(context.channels[:, layers], epsilon)
-    learn = (owner == -1) | (owner == list(context.inputs.scoring).index(pair))
-    return attention_channels(model, context, layers, learn)
-
-
-def both(model, context, layers=None, epsilon=None):
-    """Channels of attention, of all layers or of these, and the method as it stands in the FFN's."""
-    attention = channels(model, context, layers, epsilon)
-    ffn = landermt(model, context, epsilon=epsilon)
-    return {pair: attention[pair] | ffn[pair] for pair in context.tuned}
-
-
-def all_units(model, context):
-    """LANDeRMT with all units: the FFN's neurons and attention's channels, of the same layers."""
-    if len(context.tuned) > 1:
-        raise InputError(f"--pair {','.join(context.tuned)}: these units are those of one pair")
-    (selected,) = select(context).values()
-    return both(model, context, selected)
-
-
-def all_units_random(model, context):
-    """The same numbers of channels and neurons, by chance."""
-    awareness, channels = shuffled(context.awareness), shuffled(context.channels)
-    return all_units(model, context._replace(awareness=awareness, channels=channels))
-
-
-# --------------------------------------------------------------------------------------------------
-# The recipe of the public scripts
-#
-# github.com/rainyuniverse/llm_interpre is very likely the authors'. There a unit is an output of any
-# module of a block: a row of its weight and its bias. Languages own units, not pairs; a row's
-# gradient is scaled by its awareness, and nothing is routed.
 
 
 def adjacent_layers(differences, k):
@@ -415,10 +365,12 @@ PARTS = {
     "general-only": partial(no_car, part=".general."),
     "random-layers": random_layers,
     "random-scores": random_scores,
+    "units-all": all_units,
+    "units-random": all_units_random,
 }
 RIVALS = {
     "full": full,
-    "layers": partial(layers, part="ffn."),
+    "layers": layers,
     "linear": weights,
     "ffn": partial(weights, where=[".ffn."]),
     "attention": partial(weights, where=[".attention."]),
@@ -426,21 +378,13 @@ RIVALS = {
     "lora-32": partial(lora_all, rank=32),
     "adapters": adapters,
     "adapter-lora": adapter_lora,
-}
-VARIANTS = {
-    "units-all": all_units,
-    "units-random": all_units_random,
     "scripts": scripts,
-    "channels-half": partial(channels, epsilon=0.5),
-    "both": both,
-    "both-half": partial(both, epsilon=0.5),
-    "blocks-of-layers": layers,
 }
 SWEEPS = {
     **{f"k={k}": partial(landermt, k=k) for k in (1, 2, 3, 4, 5, 7)},
     **{f"epsilon={e}": partial(landermt, epsilon=e) for e in (0.5, 0.75, 0.8, 0.85, 0.95, 1.0)},
 }
-METHODS = PARTS | RIVALS | VARIANTS | SWEEPS
+METHODS = PARTS | RIVALS | SWEEPS
 
 
 # --------------------------------------------------------------------------------------------------
