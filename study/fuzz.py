@@ -169,6 +169,8 @@ def leaving_off():
 def run_words(name, out):
     words = f"--pair qaa-qab --weights {name} --data data --layers 1 --steps 2 --batch 2 "
     words += "--score-sentences 2 --score-pairs qaa-qab,qac-qad,qaa-qad --max-tokens 999 "
+    if name in ("bloom", "llama", "gpt2"):
+        words += "--units all --keep 1 "
     return [*words.split(), "--eval-sentences", "1", "--out", out]
 
 
