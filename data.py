@@ -452,6 +452,8 @@ def ids_in_front(path, post_processor):
     ids = []
     for step in steps_of(post_processor, "processors"):
         if step["type"] != "ByteLevel":  # which trims offsets
+            if step["type"] != "TemplateProcessing":
+                raise InputError(f"{path}: post_processor {step['type']} is not known here")
             single = step["single"]
             names = [one["SpecialToken"]["id"] for one in single[:-1] if "SpecialToken" in one]
             for name in names:
@@ -473,14 +475,14 @@ class BPETokenizer:
         with reading(path):
             model = published["model"]
             steps = steps_of(published["pre_tokenizer"], "pretokenizers")
-            decoders = [step["type"] for step in steps_of(published["decoder"], "decoders")]
+            decoders = steps_of(published["decoder"], "decoders")
             normalizers = steps_of(published.get("normalizer"), "normalizers")
             normalizers = [known_normalizer(path, step) for step in normalizers]
             self.normalize = partial(reduce, lambda text, step: step(text), normalizers)
             self.splits = [*filter(None, (known_split(path, step) for step in steps))]
             # Where a Metaspace puts "▁": "always" in front, at the "first" word, or "never".
             self.mark = next((s["prepend_scheme"] for s in steps if s["type"] == "Metaspace"), "")
-            self.strips = decoders[-1] == "Strip"  # decoding takes that space away
+            self.strips = decoders[-1:] == [STRIP]  # decoding takes that space away
             self.over_bytes = [step["type"] for step in steps][-1:] == ["ByteLevel"]
             self.symbols = [f"<0x{byte:02X}>" for byte in range(256)]
             if self.over_bytes:
@@ -492,6 +494,9 @@ class BPETokenizer:
             merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
             self.ranks = {tuple(merge): rank for rank, merge in enumerate(merges)}
             self.added = {token["content"]: token["id"] for token in added}
+            for content, id in self.added.items():
+                if self.vocabulary.get(content, id) != id:
+                    raise InputError(f"{path}: added token {content} has another id in model.vocab")
             literal = [token["content"] for token in added if not token.get("normalized")]
             others = self.added.keys() - literal  # matched in what the normalizer makes of the rest
             self.normalized = {self.normalize(content): self.added[content] for content in others}
@@ -588,11 +593,22 @@ def any_of(tokens):
     return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})").split
 
 
+# What decodes "▁", and takes away the space that it put in front.
+MARKS_TO_TEXT = [
+    {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+    {"type": "ByteFallback"},
+    {"type": "Fuse"},
+]
+STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+
+
 def check_options(path, tokenizer, model, decoders, added):
     """Refuse what changes the ids of a tokenizer.json and is not known to BPETokenizer."""
-    marks = ["Replace", "ByteFallback", "Fuse"]
-    expected = [["ByteLevel"]] if tokenizer.over_bytes else [marks, [*marks, "Strip"]]
-    if model["type"] != "BPE" or decoders not in expected:
+    expected = [MARKS_TO_TEXT, [*MARKS_TO_TEXT, STRIP]]
+    known = decoders in expected
+    if tokenizer.over_bytes:
+        known = [step["type"] for step in decoders] == ["ByteLevel"]
+    if model["type"] != "BPE" or not known:
         found = f"model {model['type']} and decoder {decoders}"
         raise InputError(f"{path}: {found} are not known here beside this pre_tokenizer")
     known = ["type", "vocab", "merges", "fuse_unk"]
@@ -602,6 +618,8 @@ def check_options(path, tokenizer, model, decoders, added):
         known += ["unk_token", "byte_fallback"]  # nothing is unknown
     elif not tokenizer.over_bytes:
         raise InputError(f"{path}: model has not all tokens of bytes, <0x00> to <0xFF>")
+    if not (tokenizer.over_bytes or model.get("byte_fallback")):
+        raise InputError(f"{path}: model has no byte_fallback: characters without a token are lost")
     parts = [(path, model, known)]
     for token in added:
         flags = ("id", "content", "special", "normalized")
@@ -622,9 +640,12 @@ class SentencePieceTokenizer:
         with reading(path):
             self.model = model = sentencepiece.SentencePieceProcessor(model_proto=map_file(path)[:])
             pieces = model.id_to_piece(list(range(model.get_piece_size())))  # all of UTF-8?
-            others = [token for token in added if token["id"] >= len(pieces)]
+            self.tokens = dict(enumerate(pieces))
+            others = [token for token in added if self.tokens.get(token["id"]) != token["content"]]
             self.added = {token["id"]: token["content"] for token in others}
-        self.tokens = dict(enumerate(pieces)) | self.added
+        self.tokens |= self.added
+        if words := [token["content"] for token in others if not token.get("special")]:
+            note(f"{path}: not looked for in a text, but known by id: {', '.join(words[:10])}")
         self.ids = {token: id for id, token in self.tokens.items()}
         pad = model.pad_id() if model.pad_id() >= 0 else model.unk_id()  # LLaMA pads with <unk>
         self.own_ids = [model.bos_id(), model.eos_id(), pad]
@@ -633,7 +654,8 @@ class SentencePieceTokenizer:
     def decode(self, ids):
         """List of ids -> str."""
         text = ""
-        for is_piece, run in groupby(ids, range(self.model.get_piece_size()).__contains__):
+        pieces = range(self.model.get_piece_size())
+        for is_piece, run in groupby(ids, lambda id: id in pieces and id not in self.added):
             if is_piece:
                 text += self.model.decode(list(run))
             else:
@@ -648,12 +670,15 @@ NAMED = {
     "config.json": "{}_token_id",
     "generation_config.json": "{}_token_id",
 }
+# Keys of generation_config.json that would change the likeliest text. Sampling's do not count.
+PENALTIES = "repetition_penalty", "no_repeat_ngram_size", "suppress_tokens", "bad_words_ids"
 # Keys of tokenizer_config.json that would change ids.
 NOT_KNOWN = "do_lower_case", "split_special_tokens", "sp_model_kwargs", "fix_mistral_regex"
 
 
 def load_tokenizer(folder):
-    """The tokenizer of a published checkpoint folder: its tokenizer.model, or else tokenizer.json.
+    """The tokenizer of a published checkpoint folder: its tokenizer.model, or else tokenizer.json,
+    also where that has tokens which tokenizer.model has not.
 
     -> .encode(str) -> list[int], .decode(list[int]) -> str, .bos_id, .eos_id, .pad_id, .vocab_size;
     .end_ids: all that end a text, eos_id first;
@@ -665,6 +690,9 @@ def load_tokenizer(folder):
     names = "tokenizer.json", "added_tokens.json", *NAMED
     paths = [path.with_name(name) for name in names if path.with_name(name).exists()]
     files = dict.fromkeys(names, {}) | {one.name: read_json(one) for one in paths}
+    if not (path.exists() or json_path.exists()):
+        remedy = "from other forms transformers' AutoTokenizer writes one (save_pretrained)"
+        raise InputError(f"{folder}: no tokenizer.json and no tokenizer.model; {remedy}")
     added = {}
     with reading(f"{folder}: added tokens of added_tokens.json or tokenizer_config.json"):
         for content, id in files["added_tokens.json"].items():
@@ -674,12 +702,21 @@ def load_tokenizer(folder):
     with reading(json_path):
         for token in files["tokenizer.json"].get("added_tokens", []):
             added[token["content"]] = token
+        vocabulary = files["tokenizer.json"].get("model", {}).get("vocab", {})
+        in_json = set(vocabulary.items()) if isinstance(vocabulary, dict) else set()
     added.pop("", None)
+    with reading(Path(folder) / "config.json"):
+        rows = files["config.json"].get("vocab_size", math.inf)
+        for content in [content for content, token in added.items() if token["id"] >= rows]:
+            note(f"{folder}: added token {content} has no row in the embedding; it is left out")
+            del added[content]
+    tokenizer = None
     try:
         tokenizer = SentencePieceTokenizer(path, added.values())
     except InputError:  # there is none, or it is tiktoken's
         if not json_path.exists():
             raise
+    if tokenizer is None or in_json - tokenizer.ids.items():  # tokens were added there alone
         path = json_path
         tokenizer = BPETokenizer(path, files["tokenizer.json"], added.values())
     tokenizer.paths = list(dict.fromkeys([path, *paths]))
@@ -696,11 +733,12 @@ def load_tokenizer(folder):
 
 
 def frame(path, tokenizer, files):
-    """Decide which tokens begin and end a text, from all that a folder says; as transformers 5 does.
+    """Decide which tokens begin and end a text, from all that a folder says.
 
-    The template of a tokenizer.json alone says what stands in front; where that file is not,
-    add_bos_token does. What any file names as an end is one. Sets .prompt_prefix, .bos_id, .eos_id,
-    .end_ids, .pad_id. InputError for what contradicts, and for keys that would change ids.
+    As in transformers 5 the template of a tokenizer.json alone says what stands in front; where that
+    file is not, add_bos_token does, and where no key says, LLaMA's class puts bos there. What any
+    file names as an end is one. Sets .prompt_prefix, .bos_id, .eos_id, .end_ids, .pad_id. InputError
+    for what contradicts, and for keys that would change ids.
     """
     config_path = path.with_name("tokenizer_config.json")
     json_path = path.with_name("tokenizer.json")
@@ -708,6 +746,12 @@ def frame(path, tokenizer, files):
     for key in NOT_KNOWN:
         if config.get(key):
             raise InputError(f"{config_path}: {key} is {config[key]!r}, which is not known here")
+    generation_path = path.with_name("generation_config.json")
+    with reading(generation_path):
+        for key in PENALTIES:
+            value = files[generation_path.name].get(key)
+            if value not in (None, 0, 1, []):
+                note(f"{generation_path}: {key} {value!r} is not applied")
     if config.get("add_prefix_space") not in (None, tokenizer.target_prefix == ""):
         raise InputError(f"{config_path}: add_prefix_space is not what {path.name} does")
     bos, eos, pad = (named_ids(kind, path, tokenizer, files) for kind in ("bos", "eos", "pad"))

@@ -759,6 +759,8 @@ def read_rotary(published):
     if kind not in list(factors):
         raise InputError(f"rope_scaling of type {kind!r}, expected {', '.join(factors)}")
     known = {"rope_theta", "rope_type", "type", "original_max_position_embeddings", *factors[kind]}
+    if scaling.get("partial_rotary_factor") == 1:
+        known.add("partial_rotary_factor")
     if more := scaling.keys() - known:
         raise InputError(f"rope_scaling has {', '.join(sorted(more))}, which is not supported")
     if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
@@ -855,6 +857,7 @@ ALL = (
     dict.fromkeys(SWITCHES.split(), [False, True])
     | dict.fromkeys(ABSENT.split(), [None, False])
     | dict.fromkeys(FACTORS.split(), [None, 1, 1.0])
+    | {"is_causal": [True]}
 )
 SILU = ALL | {"hidden_act": ["silu", "swish"]}
 GELU = ALL | {"hidden_act": ["gelu"], "rope_scaling": [None]}
@@ -869,7 +872,7 @@ GPT2 = ALL | {
 }
 
 # Tensors that are no weights: angles, which are computed in fp32, and who may see whom.
-DROPPED = r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq|h\.\d+\.attn\.(masked_)?bias"
+DROPPED = r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq|h\.\d+\.attn\.(masked_)?bias"
 
 
 class Family(NamedTuple):
@@ -1043,7 +1046,7 @@ def load_model(folder, device="cpu", dtype=None, config=None):
     head = found.get("lm_head.weight")
     if config.head == "tied" and head is not None:
         (name,) = published_names(config.family, "embedding.weight")
-        embedding = found.get(name.removeprefix(prefix), head.new_empty(0))
+        embedding = found.setdefault(name.removeprefix(prefix), head)  # a file may have either
         if head.dtype == embedding.dtype and torch.equal(head, embedding):
             del found["lm_head.weight"]
         else:

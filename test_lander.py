@@ -1674,7 +1674,7 @@ def packed(tensors):
         rows = [tensors.pop(f"{attention}{part}_proj.weight") for part in "qkv"]
         tensors[f"{attention}W_pack.weight"] = torch.cat(rows)
         tensors[f"{attention}rotary_emb.inv_freq"] = torch.ones(4)
-    return tensors
+    return tensors | {"model.rotary_emb.inv_freq": torch.ones(4)}
 
 
 bare = lambda tensors: {name.removeprefix("transformer."): t for name, t in tensors.items()}
@@ -2120,9 +2120,14 @@ def test_a_stored_head_that_is_not_the_tied_embedding_is_used(tmp_path, kind, ca
         save_model(ours, tmp_path / "copy")
         assert_same(load_model(tmp_path / "copy"), theirs)
         assert_same(ours, load_reference(tmp_path / "copy"))
+    save_model(decoder, tmp_path)
+    (embedding,) = model.published_names(decoder.config.family, "embedding.weight")
+    as_head = lambda name: "lm_head.weight" if name == embedding else name
+    rewrite(tmp_path / "model.safetensors", renamed(as_head))  # of two names for one, the first
+    assert_same(load_model(tmp_path), load_reference(tmp_path))
     edit_config(tmp_path, tie_word_embeddings=False)
     rewrite(tmp_path / "model.safetensors", renamed(lambda name: name.replace("lm_head", "head")))
-    refused(lambda: load_model(tmp_path), "1 missing: lm_head.weight")
+    refused(lambda: load_model(tmp_path), "missing: ", "lm_head.weight")
 
 
 # Keys of a config.json each of which, with this value, is another function: "key is value".
@@ -2136,7 +2141,7 @@ OTHER_VALUES = [
     (LLAMA_CONFIG, dict(partial_rotary_factor=0.5, clip_qkv=8.0, logits_scaling=16.0)),
     (LLAMA_CONFIG, dict(attn_logit_softcapping=50.0, use_bidirectional_attention=True)),
     (LLAMA_CONFIG, dict(hidden_act="gelu", attention_bias=None, quantization_config={})),
-    (LLAMA_CONFIG, dict(model_type="mixtral")),
+    (LLAMA_CONFIG, dict(model_type="mixtral", is_causal=False)),
 ]
 OTHER_CONFIGS = [
     (BLOOM_CONFIG, {"model_type": "gpt9"}, ["'gpt9'", "bloom, baichuan"]),
@@ -2168,7 +2173,8 @@ for config, changes in OTHER_VALUES:
 @pytest.mark.parametrize("config, changes, culprits", OTHER_CONFIGS)
 def test_what_a_config_asks_for_is_done_or_refused_by_name(config, changes, culprits):
     """Loaded all the same, it would compute another function."""
-    Config.from_json(config | {"attention_dropout": 0.1, "logits_scaling": 1.0, "clip_qkv": None})
+    harmless = {"attention_dropout": 0.1, "logits_scaling": 1.0, "clip_qkv": None}
+    Config.from_json(config | harmless | {"rope_parameters": {"partial_rotary_factor": 1.0}})
     refused(lambda: Config.from_json(config | changes), "config.json", *culprits)
 
 
@@ -2575,6 +2581,8 @@ SPECIAL = [
     ("llama", {GENERATION: by_id(eos=[2, 7]), CONFIG: by_id(eos=5)}, 1, [5, 2, 7], 0, []),
     ("llama", {TOKENS: named(eos="<|e|>") | ADDED}, 1, [421, 2], 0, []),
     ("llama", {TOKENS: named(eos="<|e|>"), "added_tokens": {"<|e|>": 420}}, 1, [420, 2], 0, []),
+    ("llama", {TOKENS: named(eos="<|e|>"), "added_tokens": {"<|e|>": 5}}, 1, [5, 2], 0, []),
+    ("llama", {CONFIG: {"vocab_size": 420}, "added_tokens": {"<pad>": 420}}, 1, [2], 0, []),
     ("Qwen2", {}, -1, [0], 0, []),
     ("Qwen2", {TOKENS: named(eos="<|im_end|>", bos="<|im_start|>")}, 1, [2], 2, []),
     ("Qwen2", {TOKENS: None, CONFIG: by_id(bos=1, eos=2)}, 1, [2], 2, []),
@@ -2599,6 +2607,27 @@ def test_special_tokens_come_from_the_folders_files(tokenizer_folders, tmp_path,
     last = [ours.vocab_size - 2, ours.vocab_size - 1, ours.encode("c")[-1]]
     text = ours.decode([*ours.encode("a b"), *last])
     assert text.startswith("a b") and text.endswith("c")
+
+
+def test_a_tokenizer_json_with_more_tokens_counts(tokenizer_folders, tmp_path, texts):
+    """A vocabulary that was extended in one of two files; added words that are not found, unsaid."""
+    longer = {"model.vocab.Haus▁ist": 420, "model.merges.0": ["Haus", "▁ist"]}
+    longer |= {"model.vocab.Haus": 421, "model.vocab.▁ist": 422}
+    with_files(tokenizer_folders["marks"], tmp_path, longer)
+    shutil.copy(tokenizer_folders["llama"] / "tokenizer.model", tmp_path)
+    ours, _ = compare_ids(tmp_path, ["das Haus ist", *texts[:100]])
+    assert ours.vocab_size == 423
+
+
+def test_what_is_not_applied_is_said(tokenizer_folders, tmp_path, capsys):
+    """Greedy without the penalty that a chat model's generation_config.json asks for; a word by id."""
+    generation = {"repetition_penalty": 1.1, "no_repeat_ngram_size": 0, "temperature": 0.7}
+    words = {"Zauberwürfel": 420, "<pad>": 421}
+    files = {GENERATION: generation, CONFIG: {"vocab_size": 421}, "added_tokens": words}
+    load_tokenizer(with_files(tokenizer_folders["llama"], tmp_path, **files))
+    row, text, penalty = capsys.readouterr().err.splitlines()
+    assert "<pad> has no row" in row and text.endswith("by id: Zauberwürfel")
+    assert "generation_config.json: repetition_penalty 1.1 is not applied" in penalty
 
 
 @pytest.mark.parametrize("begins", [True, False])
@@ -2642,8 +2671,11 @@ OTHER_BYTES = [
     ({"post_processor": template("<s>", "<pad>", "A")}, "<pad>"),
     ({"post_processor": template("<s>", "A", ids=(1, 1))}, "'<s>'"),
     ({"post_processor": template("<s>", "A", ids=(10**6,))}, "1000000"),
-    *[({"post_processor": {"type": f"{kind}Processing"}}, "") for kind in ("Template", "Roberta")],
-    ({"added_tokens.2.content": "x"}, "no end-of-sentence"),
+    ({"post_processor": {"type": "TemplateProcessing"}}, ""),
+    ({"post_processor": {"type": "RobertaProcessing"}}, "RobertaProcessing"),
+    ({"decoder": None}, "decoder []"),
+    ({"added_tokens.1.id": 77}, "<s> has another id"),
+    ({"added_tokens.2.content": "</x>"}, "no end-of-sentence"),
     *[({f"added_tokens.1.{flag}": True}, f"<s>: {flag}") for flag in [*FLAGS][:3]],
     *[({f"model.{key}": value}, f"{key} is {value!r}") for key, value in OTHER_OPTIONS.items()],
     *[({key: {"type": kind}}, kind) for key, kind in OTHER_TYPES.items()],
@@ -2677,6 +2709,8 @@ OTHERS = [
     ("marks", {"edits": {"normalizer": SPACES}}, " +"),
     ("marks", {"edits": {"model.vocab.<0x0A>": ...}}, "bytes, <0x00>"),
     ("marks", {"edits": {"decoder": {"type": "ByteLevel"}}}, "ByteLevel"),
+    ("marks", {"edits": {"decoder.decoders.3.start": 2}}, "'start': 2"),
+    ("marks", {"edits": {"model.byte_fallback": False}}, "no byte_fallback"),
 ]
 
 
@@ -2698,7 +2732,7 @@ def test_a_folder_without_a_readable_tokenizer_is_named(tokenizer_folders, tmp_p
     assert raw.count(b"\xe2\x96\x81the") == 1
     pointer = LFS_POINTER.encode()
     for name, content, culprit in [
-        ("nothing", b"", "tokenizer.model: cannot be read"),
+        ("vocab.json", b"{}", "no tokenizer.json and no tokenizer.model"),
         ("tokenizer.json", b"{", "tokenizer.json"),
         ("tokenizer.json", b"[]", "tokenizer.json"),
         ("tokenizer.json", pointer, "tokenizer.json: a Git LFS pointer; git lfs pull"),
