@@ -128,7 +128,10 @@ def make_batches(examples, pad_id, tokens_per_batch, seed=None):
 # of a script or region only where its text is another. By the tokenizer of sacreBLEU that counts
 # words there. Last, the demo's toy languages.
 LANGUAGES_BY_TOKENIZER = {
-    "zh": "zh zho cmn=Chinese, zh-Hant zho-Hant zh-TW zh-HK=Traditional Chinese, yue=Cantonese",
+    "zh": """
+    zh zho cmn=Chinese, zh-Hant zho-Hant cmn-Hant zh-TW zho-TW zh-HK zho-HK zh-MO=Traditional Chinese,
+    yue=Cantonese
+    """,
     "ja-mecab": "ja jpn=Japanese",
     "ko-mecab": "ko kor=Korean",
     "char": "bo bod=Tibetan, dz dzo=Dzongkha, km khm=Khmer, lo lao=Lao, my mya=Burmese, th tha=Thai",
@@ -158,8 +161,11 @@ LANGUAGES_BY_TOKENIZER = {
     tl tgl=Tagalog, tn tsn=Setswana, tr tur=Turkish, ts tso=Tsonga, tt tat=Tatar, tum=Tumbuka,
     tw twi=Twi, ug uig=Uyghur, uk ukr=Ukrainian, ur urd=Urdu, uz uzb uzn=Uzbek, vi vie=Vietnamese,
     wo wol=Wolof, xh xho=Xhosa, yi yid ydd=Yiddish, yo yor=Yoruba, zu zul=Zulu,
-    pt-BR por-BR=Brazilian Portuguese, sr-Latn srp-Latn=Serbian in Latin script, qaa=Avari,
-    qab=Belun, qac=Corith, qad=Dorva
+    pt-BR por-BR=Brazilian Portuguese, sr-Latn srp-Latn=Serbian in Latin script,
+    ar-Latn arb-Latn=Arabic in Latin script, bn-Latn ben-Latn=Bengali in Latin script,
+    hi-Latn hin-Latn=Hindi in Latin script, ne-Latn npi-Latn=Nepali in Latin script,
+    si-Latn sin-Latn=Sinhala in Latin script, ur-Latn urd-Latn=Urdu in Latin script,
+    qaa=Avari, qab=Belun, qac=Corith, qad=Dorva
     """,
 }
 
@@ -171,7 +177,7 @@ def read_languages(text):
         codes, _, name = entry.strip().partition("=")
         if not codes or not name.strip() or not name.isprintable():
             raise InputError(f"language {entry!r}: expected a code and a name, as in de=German")
-        languages |= dict.fromkeys(codes.split(), name)
+        languages |= dict.fromkeys(codes.split(), name.strip())
     return languages
 
 
@@ -187,17 +193,18 @@ def name_languages(text):
 def language_name(code):
     """ "de", "deu", "de-AT" or "deu_Latn" -> "German"; "" for no code that is known."""
     base, *others = re.split("[-_]", code)
-    name = LANGUAGES.get(code) or LANGUAGES.get("-".join([base, *others]))
-    if not name and re.fullmatch("([A-Z][a-z]{3})?([A-Z]{2})?", "".join(others)):
-        name = LANGUAGES.get(base)  # of any script, in any region
-    return name or ""
+    codes = [code]
+    if re.fullmatch(r"([A-Z][a-z]{3})?([A-Z]{2}|\d{3})?", "".join(others)):  # a script, a region
+        codes += ["-".join([base, *others]), *(f"{base}-{one}" for one in others), base]
+    return next((LANGUAGES[code] for code in codes if code in LANGUAGES), "")
 
 
 def bleu_tokenizer(code):
     """What sacreBLEU splits a target language by. "zho_Hans" -> "zh", "de" -> "13a" """
-    name = language_name(code)
+    base, name = re.split("[-_]", code)[0], language_name(code)
     for tokenizer, text in LANGUAGES_BY_TOKENIZER.items():
-        if name in read_languages(text).values():
+        languages = read_languages(text)
+        if base in languages or name in languages.values():  # --language may name it otherwise
             return tokenizer
     return "13a"
 
@@ -226,7 +233,7 @@ class Lines(Sequence):
     """
 
     def __init__(self, path):
-        self.path, self.raw = path, map_file(path)
+        self.path, self.raw = path or "standard input", map_file(path)
         self.ends = np.flatnonzero(np.frombuffer(self.raw, np.uint8) == ord("\n"))
         if len(self.ends) == 0 and b"\r" in self.raw[:-1]:
             raise InputError(f"{path}: its lines end as old Macs wrote them, in \\r without \\n")
@@ -342,6 +349,8 @@ def open_parallel(folder, split, pair):
     else:
         found = ", ".join(list_pairs(folder, split)) or "none"
         raise InputError(f"{folder}: no {split} text for {pair}{halves}; pairs found: {found}")
+    if halves:
+        note(f"{folder}: {split} {pair}{halves}; {paths[0].name} is read")
     sources, targets = read(*paths)
     kept = []
     for i, (source, target) in enumerate(zip(sources, targets)):  # names a line of bad UTF-8, too
@@ -370,7 +379,8 @@ def list_pairs(folder, split):
     pairs = []
     for source, target in permutations(sorted(codes), 2):
         forms = candidates(folder, split, source, target)
-        if any(all(map(Path.exists, paths)) for paths, _ in forms):
+        found = any(all(map(Path.exists, paths)) for paths, _ in forms)
+        if found and language_name(source) != language_name(target):
             pairs.append(f"{source}-{target}")
     return sorted(pairs)
 
@@ -879,10 +889,13 @@ def reading(path):
 
 
 def map_file(path):
-    """A file's bytes, which stay on disk; a pipe's in memory."""
-    with reading(path), open(path, "rb") as file:
-        sized = os.fstat(file.fileno()).st_size
-        raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if sized else file.read()
+    """A file's bytes, which stay on disk; in memory those of a pipe, or of half-read standard input.
+
+    path: 0 is standard input.
+    """
+    with reading(path or "standard input"), open(path, "rb") as file:
+        whole = os.fstat(file.fileno()).st_size and file.tell() == 0
+        raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if whole else file.read()
     if raw[:23] == b"version https://git-lfs":
         raise InputError(f"{path}: a Git LFS pointer; git lfs pull or hf download fetches the file")
     return raw

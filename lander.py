@@ -97,7 +97,8 @@ from torch.utils.checkpoint import checkpoint
 from data import InputError, bleu_tokenizer, exit_status, fingerprint, first_line, group_by_length
 from data import has_line_break, line_ends, list_pairs, load_tokenizer, locked, make_batch
 from data import make_batches, name_languages, note, open_parallel, read_json, read_lines
-from data import read_tensors, reading, render, split_pair, write_json, write_lines, write_tensors
+from data import read_tensors, reading, render, replacing, split_pair, write_json, write_lines
+from data import write_tensors
 from model import FFN, Config, Linear, checkpoint_files, load_model, save_model
 
 
@@ -619,7 +620,8 @@ def training_steps(model, learners, steps, total, optimizer, peak, start=0, keep
         keep = keeper and partial(keeper.add_gradients, step)
         loss, norm = train_step(model, batches, optimizer, learners[pair].values(), keep)
         entry = {"step": step + 1, "pair": pair, "loss": loss, "gradient_norm": norm}
-        entry |= {"kept": keeper.drift} if keeper else {}
+        if keeper and loss:  # a step without any example keeps nothing
+            entry["kept"] = keeper.drift
         yield entry | {"learning_rate": rate, "skipped": add_up(skipped)}
 
 
@@ -686,20 +688,24 @@ def translate_lines(model, tokenizer, pair, sources, decoding, label, new_tokens
     """
     route(model, pair)
     progress = Progress(label, len(sources), "sentences")
+    longest = model.config.longest
     room = decoding.cache_gb * 1e9 / (model.cache_bytes() * decoding.beams)  # tokens
     emitted = {"vocab_size": tokenizer.vocab_size, "line_ends": line_ends(tokenizer)}
     for first in range(0, len(sources), LINES_AT_A_TIME):
         lines, prompts = sources[first : first + LINES_AT_A_TIME], {}
         for number, source in lines:
             prompt, _ = render(tokenizer, pair, source)
-            if len(prompt) > model.config.max_length:
-                made_for = f"the model was made for {model.config.max_length}"
+            if len(prompt) > min(model.config.max_length, longest):
+                made_for = f"the model was made for {min(model.config.max_length, longest)}"
                 note(f"{pair}: line {number + 1}: {len(prompt)} tokens, {made_for}; left empty")
             elif source.strip():
                 prompts[number] = prompt
         progress.add(len(lines) - len(prompts))
         numbers, found = list(prompts), {}
-        limits = [max(new_tokens * len(prompts[n]), LEAST_NEW_TOKENS) for n in numbers]
+        limits = []
+        for n in numbers:
+            limit = max(new_tokens * len(prompts[n]), LEAST_NEW_TOKENS)
+            limits.append(min(limit, longest - len(prompts[n])))
         lengths = [len(prompts[n]) + limit for n, limit in zip(numbers, limits)]
         for group in group_by_length(lengths, room, ROWS_AT_ONCE // decoding.beams):
             batch = make_batch([(prompts[numbers[i]], []) for i in group], tokenizer.pad_id)
@@ -1034,15 +1040,20 @@ def check_run_folder(folder, settings):
             raise InputError(f"{folder}: was run with {changed}; --resume needs the same")
 
 
+def first_change(before, now, paths):
+    """The first file of two {name: fingerprint} that differs or is in one alone; None for none."""
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            return paths.get(name, name)
+
+
 def record_args(folder, settings, paths, new_tokens):
     """Write args.json. paths: name -> path of all that the run reads. -> name -> fingerprint"""
     files = {name: fingerprint(path) for name, path in paths.items()}
     if (folder / "args.json").exists():
-        before = read_args(folder)["files"]
-        for name in sorted(before.keys() | files.keys()):
-            if before.get(name) != files.get(name):
-                changed = f"{paths.get(name, name)} has changed since the run began"
-                raise InputError(f"{folder}: {changed}; --resume needs the same")
+        if changed := first_change(read_args(folder)["files"], files, paths):
+            since = f"{changed} has changed since the run began"
+            raise InputError(f"{folder}: {since}; --resume needs the same")
     record = recorded(settings) | {"files": files, "new_tokens": new_tokens}
     write(folder / "args.json", record)
     return files
@@ -1154,10 +1165,11 @@ def short_enough(examples, max_tokens):
     return [example for example in examples if len(example[0]) + len(example[1]) <= max_tokens]
 
 
-def read_inputs(tokenizer, tuned, settings):
+def read_inputs(tokenizer, tuned, settings, longest=math.inf):
     """Read all text that a run needs, so that what is wrong with it shows before anything long.
 
     A script may take ten tokens where English takes one: limits grow with what a pair takes.
+    longest: how many tokens the model takes
     """
     paths, train, valid, scoring, others, test = {}, {}, {}, {}, {}, {}
 
@@ -1189,6 +1201,8 @@ def read_inputs(tokenizer, tuned, settings):
     for pair in tuned:
         if pair in with_valid:
             valid[pair] = rendered(pair, read("valid", pair)[:VALID_SENTENCES])
+        elif any(Path(settings.data).glob("valid.*")):
+            note(f"{settings.data}: no valid text for {pair}, though there is some")
     max_tokens, new_tokens = settings.max_tokens, {}
     for pair, examples in scoring.items():
         ratio = median(len(target) / len(prompt) for prompt, target in examples)
@@ -1196,6 +1210,7 @@ def read_inputs(tokenizer, tuned, settings):
         length = median(len(prompt) + len(target) for prompt, target in examples)
         if not settings.max_tokens:
             max_tokens = max(max_tokens, 256, math.ceil(4 * length))
+    max_tokens = min(max_tokens, longest + 1)  # the last target is no input
     for rendered_text, what in ((scoring, "scoring"), (valid, "validation")):
         for pair, examples in rendered_text.items():
             rendered_text[pair] = kept = short_enough(examples, max_tokens)
@@ -1437,7 +1452,7 @@ def tune(settings, folder):
     tuned = choose_pairs(settings.pair, settings.data, "train")
     config, tokenizer, paths = open_checkpoint(settings.weights)
     select_layers(torch.zeros(config.layers - 1), settings.layers)  # too many show at once
-    inputs = read_inputs(tokenizer, tuned, settings)
+    inputs = read_inputs(tokenizer, tuned, settings, config.longest)
     paths |= inputs.paths
     settings = replace(settings, max_tokens=inputs.max_tokens)
     model = load_model(settings.weights, device, dtype, config).requires_grad_(False)
@@ -1527,14 +1542,16 @@ def read_groups(path, config):
 
 
 TAKEN_OVER = "weights", "dtype", "beams", "no_routing", "language"  # where they are not given
-WITH_TUNED = {*TAKEN_OVER, "pair", "device", "cache_gb", "translate", "tuned", "export"}
+WITH_EXPORT = {"tuned", "export", "weights", "dtype", "device"}
+WITH_TRANSLATE = WITH_EXPORT - {"export"} | {"translate", "pair", "beams", "cache_gb", "language"}
 
 
 def settings_of_run(given):
     """Settings to translate or export with a finished run: what is given, else what the run had."""
     folder = Path(given["tuned"])
-    for name in given.keys() - WITH_TUNED:
-        raise InputError(f"{flag_of(name)} has no effect with --tuned")
+    for name in given.keys() - (WITH_TRANSLATE if "translate" in given else WITH_EXPORT):
+        use = "--translate" if "translate" in given else "--export"
+        raise InputError(f"{flag_of(name)} has no effect with --tuned and {use}")
     if not (folder / "tuned.safetensors").exists():
         raise InputError(f"{folder}: not the folder of a finished run, it has no tuned.safetensors")
     args = read_args(folder)
@@ -1547,10 +1564,11 @@ def load_tuned(settings):
     folder = Path(settings.tuned)
     device, dtype = choose_device(settings)
     config, tokenizer, paths = open_checkpoint(settings.weights)
-    files = read_args(folder)["files"]
-    for name, path in paths.items():
-        if fingerprint(path) != files.get(name):
-            raise InputError(f"{path}: not the file that {folder} was tuned on")
+    files = read_args(folder)["files"].items()
+    before = {name: found for name, found in files if name.startswith("weights/")}
+    now = {name: fingerprint(path) for name, path in paths.items()}
+    if changed := first_change(before, now, paths):
+        raise InputError(f"{changed}: not the file that {folder} was tuned on")
     groups = read_groups(folder / "neurons.json", config)
     model = load_model(settings.weights, device, dtype, config)
     install_routing(model, groups, not settings.no_routing)
@@ -1563,6 +1581,8 @@ def load_tuned(settings):
 
 def translate(settings):
     """Translate lines with a finished run, to stdout: one line out for each line in."""
+    if not settings.pair or "," in settings.pair:
+        raise InputError("--translate takes one --pair, source first, as in en-de")
     split_pair(settings.pair)
     sources = list(enumerate(read_lines(0 if settings.translate == "-" else settings.translate)))
     model, tokenizer, learners = load_tuned(settings)
@@ -1603,7 +1623,8 @@ def export(settings):
     save_model(model, folder)
     for pattern in COMPANIONS:
         for path in Path(settings.weights).glob(pattern):
-            shutil.copyfile(path, folder / path.name)
+            with replacing(folder / path.name) as temporary:
+                shutil.copyfile(path, temporary)
     say(f"{folder}: {model.config.family} in {model.embedding.weight.dtype}")
 
 
@@ -1641,14 +1662,26 @@ def main(argv=None):
     return exit_status(command)
 
 
+def ignore_signals():
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def end(number, frame):
+    """Ctrl-C, or a cluster's SIGTERM. A second one would interrupt the end of the first."""
+    ignore_signals()
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's, like Ctrl-C
+    signal.signal(signal.SIGTERM, end)
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, end)
     sys.stdout = sys.stdout or open(os.devnull, "w")  # a stream may be closed: >&-
     sys.stderr = sys.stderr or open(os.devnull, "w")
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     status = main()
+    ignore_signals()
     if distributed.is_torchelastic_launched():
         # One such process in thirty aborts in gloo's threads while the interpreter ends.
         sys.stdout.flush()

@@ -24,7 +24,7 @@ import sys
 import time
 import tracemalloc
 import zipfile
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -796,6 +796,17 @@ def test_the_gradient_of_keep(kind, rows_at_once, monkeypatch):
             assert (p.grad - gradient).abs().max() < 1e-4 * gradient.abs().max(), name
 
 
+def test_a_step_without_an_example_keeps_nothing():
+    """A KL that no step had: AttributeError in the first, the step before's in others."""
+    keeper, learners = drifted(tiny_decoder("bloom"), random_examples(6))
+    optimizer = torch.optim.AdamW(learners.values(), fused=True)
+    batches = [], batched(random_examples(3)), []
+    steps = [("en-de", own, 0) for own in batches]
+    rest = {"en-de": learners}, steps, 3, optimizer, 1e-2
+    entries = lander.training_steps(keeper.model, *rest, keeper=keeper)
+    assert ["kept" in entry for entry in entries] == [False, True, False]
+
+
 def test_a_step_keeps_one_batch_and_the_next_step_the_next():
     """The same twenty sentences in all steps."""
     keeper, _ = drifted(tiny_decoder("bloom"), random_examples(6), micro_tokens=20)
@@ -974,7 +985,9 @@ def test_using_a_finished_run(finished, here, capsys):
     assert captured.out.split("\n") == expected and "not tuned" not in captured.err
     assert after != before
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}  # output is UTF-8 whatever the locale
-    with open("input") as source, open("output", "wb") as output:
+    Path("headed").write_text("header\n" + Path("input").read_text())
+    with open("headed", "rb", buffering=0) as source, open("output", "wb") as output:
+        source.readline()  # as a script may do
         command = [*COMMAND, *TRANSLATE, "-"]
         subprocess.run(command, stdin=source, stdout=output, env=environment, check=True)
     piped = Path("output").read_text(encoding="utf-8")
@@ -984,6 +997,11 @@ def test_using_a_finished_run(finished, here, capsys):
     settings = lander.settings_of_run({"tuned": "run", "export": "exported"})
     assert (settings.beams, settings.dtype, settings.no_routing) == (2, "bfloat16", False)
     assert "its tokens are routed" in error_of(capsys, EXPORT) and not Path("exported").exists()
+
+
+def full_disk(source, target):
+    Path(target).write_text("half")
+    raise OSError(28, "No space left on device")
 
 
 FAMILIES = [("bloom", "bloom"), ("rotary", "baichuan"), ("llama", "llama"), ("qwen2", "Qwen2")]
@@ -1015,6 +1033,13 @@ def test_a_run_on_any_family_and_its_export(world, tokenizer_folders, here, caps
         assert Path("exported", path.name).read_bytes() == path.read_bytes()
     assert load_tokenizer("exported").prompt_prefix == [1] * (kind == "llama")
     assert "exported: not empty" in error_of(capsys, EXPORT)
+    with mock.patch.object(shutil, "copyfile", full_disk):
+        assert "No space left" in error_of(capsys, [*EXPORT, "--export", "broken"])
+    assert names_in(Path("broken")) == BOTH_FILES
+    if kind == "llama":
+        Path("weights/tokenizer_config.json").rename("kept")
+        assert "tokenizer_config.json: not the file" in error_of(capsys, [*TRANSLATE, "/dev/null"])
+        Path("kept").rename("weights/tokenizer_config.json")
     change(Path("weights/model.safetensors"), negated)
     for words in ([*TRANSLATE, "/dev/null"], [*EXPORT, "--export", "another"]):
         assert "weights/model.safetensors: not the file that run was" in error_of(capsys, words)
@@ -1092,8 +1117,9 @@ def test_limits_grow_with_what_a_script_takes(here, capsys):
     assert inputs.new_tokens == {"en-de": 3, "en-fr": math.ceil(3 * (8 * 99 + 2) / prompt)}
     assert inputs.max_tokens == 4 * (prompt + 8 * 99 + 2) and len(inputs.scoring["en-fr"]) == 19
     assert f"skipped 1 of 20 examples, over {inputs.max_tokens} tokens" in capsys.readouterr().err
+    read = partial(lander.read_inputs, Bytes, ["en-de", "en-fr"], settings)
+    refused(lambda: read(longest=prompt + 5), f"longer than --max-tokens {prompt + 6}")
     settings.max_tokens = 100
-    read = lambda: lander.read_inputs(Bytes, ["en-de", "en-fr"], settings)
     refused(read, "longer than --max-tokens 100")
 
 
@@ -1222,8 +1248,10 @@ def test_a_signal_ends_a_run_that_no_other_may_join(world, here, capsys, sent):
             assert f"run: in use by process {process.pid} on " in error
         assert any("Training" in line for line in process.stdout)  # reads no further than that
         time.sleep(1)
-        process.send_signal(sent)
         start = time.monotonic()
+        for _ in range(3):  # as impatient people press it
+            process.send_signal(sent)
+            time.sleep(0.02)
         _, err = process.communicate(timeout=60)
     finally:
         process.kill()
@@ -1447,6 +1475,12 @@ def test_limits_and_groups_by_hand(monkeypatch):
     assert cut == 4 and len(lines[0]) == 3 * prompt
     ends = 1
     assert translations(decoder, sources)[1] == 0, "none came to its limit"
+    ends, decoder.config = 0, replace(decoder.config, longest=prompt + 9)
+    lines, cut = translations(decoder, ["a", "b" * 11, "c"])
+    assert asked[-1] == (2, [9, 9]) and cut == 2 and lines[1] == "", (
+        "a window, or no positions left"
+    )
+    decoder.config = replace(decoder.config, longest=10**6)
     room = 2 * 4 * prompt * decoder.cache_bytes() / 1e9  # for two prompts and their translations
     for beams, sizes in [(1, [2, 2]), (2, [1, 1, 1, 1])]:
         asked.clear()
@@ -1593,6 +1627,8 @@ BAD_WITH_TUNED = [
     ("--tuned nowhere", "--translate"),
     ("--tuned nowhere --translate - --export x", "--translate"),
     ("--tuned nowhere --export x --steps 3", "--steps has no effect with --tuned"),
+    ("--tuned nowhere --export x --beams 3", "--beams has no effect with --tuned and --export"),
+    ("--tuned nowhere --translate - --no-routing", "--no-routing has no effect"),
 ]
 
 
@@ -2826,6 +2862,7 @@ UNQUOTED = [('a, "b"', "A"), ('c "d"', 'D "E" F')]
 # Files, what is read of them, and what is said.
 READ = [
     (dict(train_en="a\n\nc\nb\n", train_de="A\nB\n \nB\n"), BOTH, "skipped 2 of 4"),
+    (dict(train_en="a\nb\n", train_de="A\nB\n", train_en__de_en="c\n"), BOTH, "train.en-de.de"),
     (dict(train_en="a\n\n\u3000\nb\n", train_de="A\n\nB\nB\n"), BOTH, "skipped 2 of 4"),
     (dict(train_en__de_tsv="a\tA\n\n\tC\nb\tB\n"), BOTH, "skipped 2 of 4"),
     (dict(train_en__de_json=EMPTY_SIDE), BOTH, "skipped 2 of 4"),
@@ -2896,6 +2933,11 @@ def test_languages_by_any_of_their_codes(tmp_path, monkeypatch):
         ("my-tha_Thai", "Burmese", "Thai", "char"),
         ("xx-my", "Xeno", "Burmese", "char"),
         ("my-xx", "Burmese", "Xeno", "13a"),
+        ("cmn_Hans-cmn_Hant", "Chinese", "Traditional Chinese", "zh"),
+        ("zho-TW-zh_Hans_CN", "Traditional Chinese", "Chinese", "zh"),
+        ("sr_Latn_RS-zh_Hant_HK", "Serbian in Latin script", "Traditional Chinese", "zh"),
+        ("arb_Arab-arb_Latn", "Arabic", "Arabic in Latin script", "13a"),
+        ("es-419-en", "Spanish", "English", "13a"),
     ]:
         codes, folder = data.split_pair(pair), tmp_path / pair
         assert "-".join(codes) == pair
@@ -2908,6 +2950,12 @@ def test_languages_by_any_of_their_codes(tmp_path, monkeypatch):
         for split in ("two", "tab"):
             assert list_pairs(folder, split) == sorted([pair, "-".join(codes[::-1])])
             assert len(read_parallel(folder, split, pair)) == 1
+    assert list_pairs(tmp_path / "en-de", "two") == ["de-en", "en-de"]
+    (tmp_path / "en-de/two.en_US").write_text("a\tb\n")  # English, too: no pair of its own
+    assert list_pairs(tmp_path / "en-de", "two") == ["de-en", "de-en_US", "en-de", "en_US-de"]
+    data.name_languages("ja= Nihongo ")
+    assert data.language_name("jpn") == "Japanese" and data.language_name("ja") == "Nihongo"
+    assert data.bleu_tokenizer("ja") == "ja-mecab"
     for text in ("", "de", "=German", "de=", "de=Ger\nman", "a=A,,b=B"):
         refused(lambda: data.read_languages(text), "de=German")
 
