@@ -2873,6 +2873,7 @@ READ = [
     (dict(train_en__de_tsv='"a"\t"A"\n'), [('"a"', '"A"')], ""),
     (dict(train_en__de_tsv="a\tA\t1.07\t-2e-3\nb\tB\t.5\t3\n"), BOTH, "numbers"),
     (dict(train_en__de_tsv="1\t2\n"), [("1", "2")], ""),
+    (dict(train_en__de_tsv="en\tde\na\tA\n"), [("en", "de"), ("a", "A")], "not a header"),
 ]
 
 
