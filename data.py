@@ -295,7 +295,9 @@ def read_columns(path, source_column):
     if any(len(row) > 2 for row in rows):
         note(f"{path}: numbers after two columns of text are left out")
     if rows and all(language_name(c) or c in ("source", "target") for c in rows[0][:2]):
-        note(f"{path}: its first line, {' and '.join(rows[0][:2])}, is taken for text, not a header")
+        note(
+            f"{path}: its first line, {' and '.join(rows[0][:2])}, is taken for text, not a header"
+        )
     quoted = [field for field in chain(*rows) if '"' in field]
     if all(map(QUOTED.fullmatch, quoted)) and any('""' in field for field in quoted):
         note(f"{path}: quotes around fields are taken away, as a spreadsheet has put them")

@@ -1527,16 +1527,20 @@ def read_groups(path, config):
     groups = read_json(path)
     with reading(path):
         for layer, group in groups.items():
-            sizes = {"specific": config.ffn_size, "channels": config.kv_heads * config.head_size}
-            for kind in sizes.keys() & group.keys():
+            sizes = {"specific": config.ffn_size}
+            if "channels" in group:
+                sizes["channels"] = config.kv_heads * config.head_size
+            for kind, size in sizes.items():
                 units = sum(group[kind].values(), [])  # lists, or a TypeError
-                if int(layer) not in range(config.layers) or {*units} - {*range(sizes[kind])}:
-                    expected = f"{config.layers} layers of {sizes[kind]} units"
+                fit = all(type(unit) is int and 0 <= unit < size for unit in units)
+                if int(layer) not in range(config.layers) or not fit:
+                    expected = f"{config.layers} layers of {size} units"
                     raise InputError(f"{path}: layer {layer}: does not fit a model of {expected}")
                 if len(set(units)) < len(units):
                     raise InputError(f"{path}: layer {layer}: a neuron has two owners")
             for pair, share in group["share"].items():
-                if pair not in group["specific"] or not (share is None or 0 < share < 1):
+                is_owner = all(pair in group[kind] for kind in sizes)
+                if not is_owner or not (share is None or 0 < share < 1):
                     raise InputError(f"{path}: layer {layer}: share of {pair} is {share}")
     return groups
 

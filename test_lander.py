@@ -1532,6 +1532,12 @@ def with_neurons(groups, neurons):
     return groups
 
 
+def with_channels_of(groups, channels):
+    """Channels of the first pair in all layers; of no pair for None."""
+    owned = {"qaa-qab": channels} if channels is not None else {}
+    return {layer: group | {"channels": owned} for layer, group in groups.items()}
+
+
 def with_a_rare_token(tokenizer):
     tokenizer["model"]["vocab"]["never"] = 5000
     return tokenizer
@@ -1557,10 +1563,12 @@ BAD_WHEN_FINISHED = {
     "a limit": ("run/args.json", lambda args: args | {"new_tokens": {"qaa-qab": []}}, ""),
     "a list": ("run/neurons.json", lambda groups: [groups], ""),
     "no such neuron": ("run/neurons.json", lambda g: with_neurons(g, [9999]), "does not fit"),
-    "no such channel": (
+    "no such channel": ("run/neurons.json", lambda g: with_channels_of(g, [9999]), "does not fit"),
+    "a truth": ("run/neurons.json", lambda g: with_channels_of(g, [True]), "does not fit"),
+    "channels of another pair": (
         "run/neurons.json",
-        lambda g: {layer: group | {"channels": {"qaa-qab": [9999]}} for layer, group in g.items()},
-        "does not fit",
+        lambda g: with_channels_of(g, None),
+        "share of",
     ),
     "a neuron of text": ("run/neurons.json", lambda g: with_neurons(g, ["1"]), ""),
     "no list": ("run/neurons.json", lambda g: with_neurons(g, ""), ""),
