@@ -371,6 +371,8 @@ def main(argv=None):
         grid = read_grid(out)
         print(f"\n{grid.name}: {len(grid.lines)} cells")
         show_best_rates(grid)
+        if not out.name.startswith("grid"):  # too few cells to compare at equal loss
+            continue
         show_chosen(out)
         show_equal_loss(grid)
         draw_fronts(grid, out / "front.svg")
