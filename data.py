@@ -295,9 +295,7 @@ def read_columns(path, source_column):
     if any(len(row) > 2 for row in rows):
         note(f"{path}: numbers after two columns of text are left out")
     if rows and all(language_name(c) or c in ("source", "target") for c in rows[0][:2]):
-        note(
-            f"{path}: its first line, {' and '.join(rows[0][:2])}, is taken for text, not a header"
-        )
+        note(f"{path}: its first line is taken for text, not a header: {rows[0][:2]}")
     quoted = [field for field in chain(*rows) if '"' in field]
     if all(map(QUOTED.fullmatch, quoted)) and any('""' in field for field in quoted):
         note(f"{path}: quotes around fields are taken away, as a spreadsheet has put them")
@@ -658,8 +656,6 @@ class SentencePieceTokenizer:
             others = [token for token in added if self.tokens.get(token["id"]) != token["content"]]
             self.added = {token["id"]: token["content"] for token in others}
         self.tokens |= self.added
-        if words := [token["content"] for token in others if not token.get("special")]:
-            note(f"{path}: not looked for in a text, but known by id: {', '.join(words[:10])}")
         self.ids = {token: id for id, token in self.tokens.items()}
         pad = model.pad_id() if model.pad_id() >= 0 else model.unk_id()  # LLaMA pads with <unk>
         self.own_ids = [model.bos_id(), model.eos_id(), pad]
@@ -720,7 +716,8 @@ def load_tokenizer(folder):
         in_json = set(vocabulary.items()) if isinstance(vocabulary, dict) else set()
     added.pop("", None)
     with reading(Path(folder) / "config.json"):
-        rows = files["config.json"].get("vocab_size", math.inf)
+        rows = int(files["config.json"].get("vocab_size", 2**24))
+    with reading(f"{folder}: ids of added tokens"):
         for content in [content for content, token in added.items() if token["id"] >= rows]:
             note(f"{folder}: added token {content} has no row in the embedding; it is left out")
             del added[content]
@@ -733,6 +730,10 @@ def load_tokenizer(folder):
     if tokenizer is None or in_json - tokenizer.ids.items():  # tokens were added there alone
         path = json_path
         tokenizer = BPETokenizer(path, files["tokenizer.json"], added.values())
+    else:
+        no_pieces = [token for token in added.values() if token["id"] in tokenizer.added]
+        if words := [token["content"] for token in no_pieces if not token.get("special")]:
+            note(f"{path}: not looked for in a text, but known by id: {', '.join(words[:10])}")
     tokenizer.paths = list(dict.fromkeys([path, *paths]))
     with reading(path):
         smallest, largest = min(tokenizer.tokens), max(tokenizer.tokens)

@@ -689,15 +689,16 @@ def translate_lines(model, tokenizer, pair, sources, decoding, label, new_tokens
     route(model, pair)
     progress = Progress(label, len(sources), "sentences")
     longest = model.config.longest
+    made_for = min(longest, model.config.max_length)
     room = decoding.cache_gb * 1e9 / (model.cache_bytes() * decoding.beams)  # tokens
     emitted = {"vocab_size": tokenizer.vocab_size, "line_ends": line_ends(tokenizer)}
     for first in range(0, len(sources), LINES_AT_A_TIME):
         lines, prompts = sources[first : first + LINES_AT_A_TIME], {}
         for number, source in lines:
             prompt, _ = render(tokenizer, pair, source)
-            if len(prompt) > min(model.config.max_length, longest):
-                made_for = f"the model was made for {min(model.config.max_length, longest)}"
-                note(f"{pair}: line {number + 1}: {len(prompt)} tokens, {made_for}; left empty")
+            if len(prompt) > made_for:
+                too_long = f"{len(prompt)} tokens, the model was made for {made_for}"
+                note(f"{pair}: line {number + 1}: {too_long}; left empty")
             elif source.strip():
                 prompts[number] = prompt
         progress.add(len(lines) - len(prompts))
