@@ -686,6 +686,27 @@ PENALTIES = "repetition_penalty", "no_repeat_ngram_size", "suppress_tokens", "ba
 NOT_KNOWN = "do_lower_case", "split_special_tokens", "sp_model_kwargs", "fix_mistral_regex"
 
 
+def added_tokens(folder, files):
+    """The tokens that a folder's files add: content -> {id, content, flags}, as tokenizer.json has."""
+    added = {}
+    with reading(f"{folder}: added tokens of added_tokens.json or tokenizer_config.json"):
+        for content, id in files["added_tokens.json"].items():
+            added[content] = {"content": content, "id": id}
+        for id, token in files["tokenizer_config.json"].get("added_tokens_decoder", {}).items():
+            added[token["content"]] = token | {"id": int(id)}
+    with reading(f"{folder}/tokenizer.json"):
+        for token in files["tokenizer.json"].get("added_tokens", []):
+            added[token["content"]] = token
+    added.pop("", None)
+    with reading(f"{folder}/config.json"):
+        rows = int(files["config.json"].get("vocab_size", 2**30))
+    with reading(f"{folder}: ids of added tokens"):
+        for content in [content for content, token in added.items() if token["id"] >= rows]:
+            note(f"{folder}: added token {content} has no row in the embedding; it is left out")
+            del added[content]
+    return added
+
+
 def load_tokenizer(folder):
     """The tokenizer of a published checkpoint folder: its tokenizer.model, or else tokenizer.json,
     also where that has tokens which tokenizer.model has not.
@@ -703,24 +724,10 @@ def load_tokenizer(folder):
     if not (path.exists() or json_path.exists()):
         remedy = "from other forms transformers' AutoTokenizer writes one (save_pretrained)"
         raise InputError(f"{folder}: no tokenizer.json and no tokenizer.model; {remedy}")
-    added = {}
-    with reading(f"{folder}: added tokens of added_tokens.json or tokenizer_config.json"):
-        for content, id in files["added_tokens.json"].items():
-            added[content] = {"content": content, "id": id}
-        for id, token in files["tokenizer_config.json"].get("added_tokens_decoder", {}).items():
-            added[token["content"]] = token | {"id": int(id)}
+    added = added_tokens(folder, files)
     with reading(json_path):
-        for token in files["tokenizer.json"].get("added_tokens", []):
-            added[token["content"]] = token
         vocabulary = files["tokenizer.json"].get("model", {}).get("vocab", {})
         in_json = set(vocabulary.items()) if isinstance(vocabulary, dict) else set()
-    added.pop("", None)
-    with reading(Path(folder) / "config.json"):
-        rows = int(files["config.json"].get("vocab_size", 2**24))
-    with reading(f"{folder}: ids of added tokens"):
-        for content in [content for content, token in added.items() if token["id"] >= rows]:
-            note(f"{folder}: added token {content} has no row in the embedding; it is left out")
-            del added[content]
     tokenizer = None
     try:
         tokenizer = SentencePieceTokenizer(path, added.values())
