@@ -236,7 +236,9 @@ class Lines(Sequence):
         self.path, self.raw = path or "standard input", map_file(path)
         self.ends = np.flatnonzero(np.frombuffer(self.raw, np.uint8) == ord("\n"))
         if len(self.ends) == 0 and b"\r" in self.raw[:-1]:
-            raise InputError(f"{path}: its lines end as old Macs wrote them, in \\r without \\n")
+            raise InputError(
+                f"{self.path}: its lines end as old Macs wrote them, in \\r without \\n"
+            )
         if self.raw and self.raw[-1:] != b"\n":
             self.ends = np.append(self.ends, len(self.raw))
 
@@ -381,8 +383,8 @@ def list_pairs(folder, split):
     pairs = []
     for source, target in permutations(sorted(codes), 2):
         forms = candidates(folder, split, source, target)
-        found = any(all(map(Path.exists, paths)) for paths, _ in forms)
-        if found and language_name(source) != language_name(target):
+        differ = language_name(source) != language_name(target)
+        if differ and any(all(map(Path.exists, paths)) for paths, _ in forms):
             pairs.append(f"{source}-{target}")
     return sorted(pairs)
 
@@ -506,9 +508,6 @@ class BPETokenizer:
             merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
             self.ranks = {tuple(merge): rank for rank, merge in enumerate(merges)}
             self.added = {token["content"]: token["id"] for token in added}
-            for content, id in self.added.items():
-                if self.vocabulary.get(content, id) != id:
-                    raise InputError(f"{path}: added token {content} has another id in model.vocab")
             literal = [token["content"] for token in added if not token.get("normalized")]
             others = self.added.keys() - literal  # matched in what the normalizer makes of the rest
             self.normalized = {self.normalize(content): self.added[content] for content in others}
@@ -617,10 +616,10 @@ STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
 def check_options(path, tokenizer, model, decoders, added):
     """Refuse what changes the ids of a tokenizer.json and is not known to BPETokenizer."""
     expected = [MARKS_TO_TEXT, [*MARKS_TO_TEXT, STRIP]]
-    known = decoders in expected
+    decodes = decoders in expected
     if tokenizer.over_bytes:
-        known = [step["type"] for step in decoders] == ["ByteLevel"]
-    if model["type"] != "BPE" or not known:
+        decodes = [step["type"] for step in decoders] == ["ByteLevel"]
+    if model["type"] != "BPE" or not decodes:
         found = f"model {model['type']} and decoder {decoders}"
         raise InputError(f"{path}: {found} are not known here beside this pre_tokenizer")
     known = ["type", "vocab", "merges", "fuse_unk"]
@@ -634,6 +633,10 @@ def check_options(path, tokenizer, model, decoders, added):
         raise InputError(f"{path}: model has no byte_fallback: characters without a token are lost")
     parts = [(path, model, known)]
     for token in added:
+        if model["vocab"].get(token["content"], token["id"]) != token["id"]:
+            raise InputError(
+                f"{path}: added token {token['content']} has another id in model.vocab"
+            )
         flags = ("id", "content", "special", "normalized")
         parts.append((f"{path}: added token {token['content']}", token, flags))
     for where, part, known in parts:

@@ -1547,16 +1547,19 @@ def read_groups(path, config):
 
 
 TAKEN_OVER = "weights", "dtype", "beams", "no_routing", "language"  # where they are not given
-WITH_EXPORT = {"tuned", "export", "weights", "dtype", "device"}
-WITH_TRANSLATE = WITH_EXPORT - {"export"} | {"translate", "pair", "beams", "cache_gb", "language"}
+WITH_TUNED = {  # what may be given
+    "export": {"tuned", "export", "weights", "dtype", "device"},
+    "translate": {"tuned", "translate", "weights", "dtype", "device"}
+    | {"pair", "beams", "cache_gb", "language"},
+}
 
 
 def settings_of_run(given):
     """Settings to translate or export with a finished run: what is given, else what the run had."""
     folder = Path(given["tuned"])
-    for name in given.keys() - (WITH_TRANSLATE if "translate" in given else WITH_EXPORT):
-        use = "--translate" if "translate" in given else "--export"
-        raise InputError(f"{flag_of(name)} has no effect with --tuned and {use}")
+    use = "translate" if "translate" in given else "export"
+    for name in given.keys() - WITH_TUNED[use]:
+        raise InputError(f"{flag_of(name)} has no effect with --tuned and {flag_of(use)}")
     if not (folder / "tuned.safetensors").exists():
         raise InputError(f"{folder}: not the folder of a finished run, it has no tuned.safetensors")
     args = read_args(folder)

@@ -667,10 +667,9 @@ def test_learning_rate_by_hand():
 def with_channels(decoder, selected={"en-de": [0, 1], "fr-en": [1]}):
     """Groups that have attention's channels, too, by random scores."""
     groups = random_groups(decoder, selected)
-    size = decoder.config.kv_heads * decoder.config.head_size
-    for layer, group in groups.items():
-        awareness = torch.rand(3, 1, size, generator=torch.Generator().manual_seed(int(layer)))
-        group["channels"] = lander.owned_by(lander.categorize(awareness, 0.7)[0], PAIRS)
+    sizes = len(PAIRS), len(groups), decoder.config.heads * decoder.config.head_size
+    awareness = torch.rand(sizes, generator=torch.Generator().manual_seed(1))
+    lander.add_channels(groups, awareness, decoder.config, PAIRS, 0.7)
     return groups
 
 
@@ -683,6 +682,13 @@ def test_attention_is_a_sum_over_channels(kind):
     fused, output = attention.query_key_value, attention.output
     for places, projection in (rows, fused.weight), (columns, output.weight.T):
         assert sorted(places.flatten().tolist()) == list(range(len(projection)))
+    H, H_kv, d = config.heads, config.kv_heads, config.head_size
+    if config.query_key_value == "interleaved":
+        assert rows[3].tolist() == [3, d + 3, 2 * d + 3]
+    else:  # the last channel's query, key and value are the last of all
+        assert {3, H * d + 3, (H + H_kv) * d + 3} <= {*rows[3].tolist()}
+        last = {H * d - 1, (H + H_kv) * d - 1, (H + 2 * H_kv) * d - 1}
+        assert last <= {*rows[-1].tolist()}
     ids, mask = padded_ids(config.vocab_size, "right")
     mixed = []  # what the output projection reads, before and after a value's row is zero
     channel = config.head_size if config.kv_heads > 1 else 0

@@ -238,28 +238,27 @@ def adapter_lora(model, context):
 
 
 class Selected(nn.Module):
-    """Some rows (dimension 0) or columns (1) of a weight learn, as fp32 masters; no others."""
+    """Some rows of a weight learn, as fp32 masters; no others."""
 
-    def __init__(self, start, dimension, index):
+    def __init__(self, start, index):
         super().__init__()
-        self.dimension = dimension
         self.register_buffer("start", start.detach().clone())
         self.register_buffer("index", index.to(start.device))
 
     def forward(self, part):
-        return self.start.index_copy(self.dimension, self.index, part.to(self.start.dtype))
+        return self.start.index_copy(0, self.index, part.to(self.start.dtype))
 
     def right_inverse(self, weight):
         # As a sequence: a parametrization of one tensor may not be of another type.
-        return [weight.index_select(self.dimension, self.index).float()]
+        return [weight.index_select(0, self.index).float()]
 
 
-def learn_part(model, name, dimension, index):
-    """Train that part of the parameter `name`. -> {its name from now on: Parameter}"""
+def learn_rows(model, name, index):
+    """Train those rows of the parameter `name`. -> {its name from now on: Parameter}"""
     place, _, kind = name.rpartition(".")
     module = model.get_submodule(place)
     start = getattr(module, kind)
-    part = Selected(start, dimension, index)
+    part = Selected(start, index)
     parametrize.register_parametrization(module, kind, part, unsafe=True)  # the part is in fp32
     whole = getattr(module.parametrizations, kind)
     return {f"{place}.parametrizations.{kind}.original0": whole.original0}
@@ -334,7 +333,7 @@ def scripts(model, context):
             factors[pair] = trained * awareness / awareness.mean()
         rows = sum(factors.values()).nonzero().flatten()
         for kind, _ in list(module.named_parameters()):
-            ((long_name, part),) = learn_part(model, f"{name}.{kind}", 0, rows).items()
+            ((long_name, part),) = learn_rows(model, f"{name}.{kind}", rows).items()
             own_factors = {pair: factor[rows] for pair, factor in factors.items()}
             part.requires_grad_(True).register_hook(partial(scale_rows, model, own_factors))
             own[long_name] = part

@@ -16,7 +16,7 @@ import model
 from data import render
 from model import Decoder
 from study import bench, compare, fuzz, methods, picture, probe
-from test_lander import KINDS, PAIRS, Letters, arguments, assert_close, batched, finished
+from test_lander import PAIRS, Letters, arguments, assert_close, batched, finished
 from test_lander import padded_ids, random_examples, randomize, step, tiny_config, tiny_decoder
 from test_lander import world
 
