@@ -168,11 +168,20 @@ def best_on_valid(lines):
     return np.array([(line["method"], line["rate"]) == best for line in lines])
 
 
-def gains_at(grid, cells, limit, kind="other target"):
+def gains_at(grid, cells, limit):
     """[DRAWS] of gain_at over some cells of a grid."""
     best = best_on_valid([grid.lines[cell] for cell in cells])
-    x, y, weights = grid.loss[kind][cells], grid.gain[cells], grid.often[cells]
+    x, y, weights = grid.loss["other target"][cells], grid.gain[cells], grid.often[cells]
     return np.array([gain_at(x[:, r], y[:, r], weights[:, r], limit, best) for r in range(DRAWS)])
+
+
+def all_gains(grid):
+    """limit -> method with its keeper -> what it gains there, [DRAWS]"""
+    cells = sensible(grid.lines)
+    return {
+        limit: {name: gains_at(grid, own, nats) for name, own in cells.items()}
+        for limit, nats in LIMITS.items()
+    }
 
 
 def mean_over_seeds(values, often):
@@ -247,15 +256,14 @@ def show_chosen(out):
         table(head, rows)
 
 
-def show_equal_loss(grid):
+def show_equal_loss(grid, gains):
     """BLEU gained where the perplexity of pairs into other targets is up by so much."""
     rows = []
     for name, cells in sensible(grid.lines).items():
         row = [name, len(cells)]
-        for limit in LIMITS.values():
-            draws = gains_at(grid, cells, limit)
-            unused = " <" if grid.loss["other target"][cells, 0].max() < limit else ""
-            row.append(interval(draws) + unused)
+        for limit, nats in LIMITS.items():
+            unused = " <" if grid.loss["other target"][cells, 0].max() < nats else ""
+            row.append(interval(gains[limit][name]) + unused)
         rows.append(row)
     table(["method", "n", *(f"others +{limit}" for limit in LIMITS)], rows)
     print("n: cells; <: all of them lose less, so this is what the best on valid gain")
@@ -264,34 +272,45 @@ def show_equal_loss(grid):
 OURS = ("lander", "units-all", "scripts")
 
 
-def differences(grid, ours, limit):
-    """Rival -> draws of what `ours` gains more, each with the same keeper."""
-    cells = sensible(grid.lines)
-    if ours not in cells:
-        return {}
-    own = gains_at(grid, cells[ours], limit)
-    found = {}
-    for name in cells:
-        if name != ours and keeper_of(name) == keeper_of(ours):
-            found[name] = own - gains_at(grid, cells[name], limit)
-    return found
+def differences(gains, ours):
+    """Rival -> draws of what `ours` gains more. gains: method with its keeper -> draws"""
+    rivals = [name for name in gains if name != ours and keeper_of(name) == keeper_of(ours)]
+    return {name: gains[ours] - gains[name] for name in rivals}
 
 
-def show_verdicts(grids, limit="2%"):
-    """Rival by ground: is one of ours above, level or below, where others lose the same?"""
-    families = {name for grid in grids for name in sensible(grid.lines)}
-    for ours in sorted(families):
+def show_verdicts(gained, limit):
+    """Rival by ground: is one of ours above, level or below, where others lose the same?
+
+    gained: ground -> method with its keeper -> draws
+    """
+    for ours in sorted(set().union(*gained.values())):
         if ours.partition("+")[0] not in OURS:
             continue
-        columns = [differences(grid, ours, LIMITS[limit]) for grid in grids]
+        columns = {ground: differences(own, ours) for ground, own in gained.items() if ours in own}
         rows = []
-        for rival in sorted(set().union(*columns)):
+        for rival in sorted(set().union(*columns.values())):
             row = [rival]
-            for column in columns:
+            for column in columns.values():
                 own = column.get(rival)
                 row.append("" if own is None else f"{verdict(own)} {interval(own)}")
             rows.append(row)
-        table([f"{ours}, others +{limit}, against", *(grid.name for grid in grids)], rows)
+        table([f"{ours}, others +{limit}, against", *columns], rows)
+
+
+def show_keepers(gained, limit):
+    """What each method gains there alone, and beside it what it gains with a keeper."""
+    names = set().union(*gained.values())
+    for keeper in sorted({keeper_of(name) for name in names} - {""}):
+        bases = sorted(name.partition("+")[0] for name in names if keeper_of(name) == keeper)
+        head, rows = [f"others +{limit}"], [[base] for base in bases]
+        for ground, own in gained.items():
+            if not any(f"{base}+{keeper}" in own for base in bases):
+                continue
+            head += [ground, f"with +{keeper}"]
+            for base, row in zip(bases, rows):
+                for name in (base, f"{base}+{keeper}"):
+                    row.append(interval(own[name]) if name in own else "")
+        table(head, rows)
 
 
 CHOICES = {"units-all": "units-random", "lander": "random-scores"}
@@ -363,7 +382,7 @@ def draw_fronts(grid, path):
 
 def main(argv=None):
     folders = [Path(word) for word in (sys.argv[1:] if argv is None else argv)]
-    grids = []
+    grids, gained = [], {}
     for out in folders or sorted((ROOT / "study" / "results").iterdir()):
         if not (out / "sentences.safetensors").exists():
             probe.plot(out)
@@ -374,12 +393,15 @@ def main(argv=None):
         if not out.name.startswith("grid"):  # too few cells to compare at equal loss
             continue
         show_chosen(out)
-        show_equal_loss(grid)
+        gains = all_gains(grid)
+        show_equal_loss(grid, gains)
         draw_fronts(grid, out / "front.svg")
         grids.append(grid)
+        gained[grid.name] = gains["2%"]
     if grids:
         show_choice(grids)
-        show_verdicts(grids)
+        show_verdicts(gained, "2%")
+        show_keepers(gained, "2%")
     return 0
 
 
