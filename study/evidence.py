@@ -30,6 +30,7 @@ from study.compare import table
 
 DRAWS = 1000
 LIMITS = {"1%": math.log(1.01), "2%": math.log(1.02), "5%": math.log(1.05)}  # nats a token
+COMPARED = "2%"  # of the tables that compare methods over all grounds
 OTHERS = ("same target", "other target")
 
 
@@ -278,10 +279,10 @@ def differences(gains, ours):
     return {name: gains[ours] - gains[name] for name in rivals}
 
 
-def show_verdicts(gained, limit):
+def show_verdicts(gained):
     """Rival by ground: is one of ours above, level or below, where others lose the same?
 
-    gained: ground -> method with its keeper -> draws
+    gained: ground -> method with its keeper -> draws, at COMPARED
     """
     for ours in sorted(set().union(*gained.values())):
         if ours.partition("+")[0] not in OURS:
@@ -294,15 +295,15 @@ def show_verdicts(gained, limit):
                 own = column.get(rival)
                 row.append("" if own is None else f"{verdict(own)} {interval(own)}")
             rows.append(row)
-        table([f"{ours}, others +{limit}, against", *columns], rows)
+        table([f"{ours}, others +{COMPARED}, against", *columns], rows)
 
 
-def show_keepers(gained, limit):
+def show_keepers(gained):
     """What each method gains there alone, and beside it what it gains with a keeper."""
     names = set().union(*gained.values())
     for keeper in sorted({keeper_of(name) for name in names} - {""}):
         bases = sorted(name.partition("+")[0] for name in names if keeper_of(name) == keeper)
-        head, rows = [f"others +{limit}"], [[base] for base in bases]
+        head, rows = [f"others +{COMPARED}"], [[base] for base in bases]
         for ground, own in gained.items():
             if not any(f"{base}+{keeper}" in own for base in bases):
                 continue
@@ -397,11 +398,11 @@ def main(argv=None):
         show_equal_loss(grid, gains)
         draw_fronts(grid, out / "front.svg")
         grids.append(grid)
-        gained[grid.name] = gains["2%"]
+        gained[grid.name] = gains[COMPARED]
     if grids:
         show_choice(grids)
-        show_verdicts(gained, "2%")
-        show_keepers(gained, "2%")
+        show_verdicts(gained)
+        show_keepers(gained)
     return 0
 
 
