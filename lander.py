@@ -1,7 +1,7 @@
 """LANDeRMT: find the neurons of a language model that matter for translation, and train only those.
 
-"Detecting and Routing Language-Aware Neurons for Selectively Finetuning LLMs to Machine Translation"
-(Zhu, Pan, Li, Xiong, ACL 2024, arXiv 2409.19523)
+Zhu, Pan, Li, Xiong: "Detecting and Routing Language-Aware Neurons for Selectively Finetuning LLMs
+to Machine Translation", ACL 2024, arXiv 2409.19523
 
     python lander.py --pair en-de --weights bloom-7b1/ --data wmt16/     # the whole method
     python lander.py --pair en-de --tuned runs/en-de --translate FILE    # translate with its result
@@ -44,48 +44,39 @@ The method in one column, on a model, batches of prompts, and batches of example
     3.2         awareness of neuron i: mean over tokens of |h_i * dloss/dh_i|  neuron_awareness
     3.2         variance over pairs splits general from specific neurons       categorize
     3.3, eq. 7  CAR weighs the general branch, 1 - CAR the specific one        RoutedFFN
-    -           only G, S and w_p of the batch's pair learn                    what_learns, train_step
+    -           only G, S and w_p of the batch's pair learn                    what_learns
     -           BLEU and chrF before and after, for other pairs too            evaluate
 
-Where this differs from the paper, and why (README.md says more):
-  - Scores of a pair are scaled to mean 1 before variances are taken: otherwise the pair with the
-    largest loss owns all neurons.
+Where this differs from the paper, and why (docs/paper.md says more):
+  - A pair's scores are scaled to mean 1: else the pair with the largest loss owns all neurons.
   - CAR is our reading: a learned w_p per layer and pair starts at zero, and both factors are
     divided by what they are then, so that training starts at exactly the pretrained function.
-  - Neurons that other pairs own stay active and frozen: without them the FFN is another function.
-  - Warm-up and linear decay, weight decay 0.01, gradients clipped to norm 1: the paper is silent.
+  - Neurons that other pairs own stay active and frozen: without them it is another function.
+  - Warm-up, decay and clipping of gradients, on which the paper is silent, are ours.
 
 Letters: B sentences, T tokens, D hidden size, F neurons of one FFN, V vocabulary, L layers,
 P pairs, K scored layers (those that any tuned pair selected), k layers that a pair selects, h what
 the down projection reads: the neurons' activations.
 
-In this file: layers; neurons; groups; routing; attention, too; training; evaluation. There the method
-ends. Then a run: several processes; settings and progress; the run folder; tune; translate; export;
-main.
+In this file: layers; neurons; groups; routing; attention, too; training; evaluation. There the
+method ends. Then a run: several processes; settings; the run folder; inputs; the steps; translate
+and export; main.
 """
-
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # what follows takes seconds: no traceback there
 
 import argparse
 import json
 import math
 import os
 import random
-import shlex
 import shutil
 import sys
-import textwrap
 import time
-from collections import Counter
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import mean, median
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -97,9 +88,8 @@ from torch.utils.checkpoint import checkpoint
 from data import InputError, bleu_tokenizer, exit_status, fingerprint, first_line, group_by_length
 from data import has_line_break, line_ends, list_pairs, load_tokenizer, locked, make_batch
 from data import make_batches, name_languages, note, open_parallel, read_json, read_lines
-from data import read_tensors, reading, render, replacing, split_pair, write_json, write_lines
-from data import write_tensors
-from model import FFN, Config, Linear, checkpoint_files, load_model, save_model
+from data import read_tensors, render, replacing, split_pair, write_json, write_lines, write_tensors
+from model import FFN, Config, Linear, load_model, save_model
 
 
 # --------------------------------------------------------------------------------------------------
@@ -164,7 +154,7 @@ LOGITS_AT_ONCE = 30_000_000  # 0.48 GB: 16 bytes each, in 16 bits, in fp32, and 
 
 
 def in_pieces(model, loss_of, *rows):
-    """The sum of loss_of over rows, N in each, so many at a time that their logits fit into memory."""
+    """The sum of loss_of over rows, N in each, as many at a time as have LOGITS_AT_ONCE."""
     size = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
     if len(rows[0]) <= size:
         return loss_of(*rows)
@@ -192,23 +182,26 @@ def target_loss(model, batch):
     return in_pieces(model, loss_of, *target_states(model, batch))
 
 
+NEURONS, CHANNELS = ["ffn.down"], ["attention.output"]  # what reads them, of each block
+
+
 @contextmanager
-def recording(model, layers, reader="ffn.down"):
-    """While open, h[layer] is what the layer's `reader` read in the last forward pass, [B, T, F].
+def recording(model, places):
+    """While open, h[place] is what a linear layer read in the last pass, [B, T, width].
 
-    ffn.down reads the neurons' activations, attention.output the values that attention mixed.
+    places: (layer, "ffn.down") for the activations of its neurons, (layer, "attention.output") for
+    the values that attention mixed
     """
-    h = {}
+    h, handles = {}, []
 
-    def record(layer, module, inputs):
-        # With every weight frozen no graph leads to the lowest recorded h. It is made a leaf, so the
+    def record(place, module, inputs):
+        # With every weight frozen no graph leads to the lowest recorded h. It is made a leaf: the
         # graph starts there, and nothing below the lowest recorded layer is differentiated.
-        h[layer] = inputs[0].requires_grad_()
+        h[place] = inputs[0].requires_grad_()
 
-    handles = []
-    for layer in layers:
-        module = model.blocks[layer].get_submodule(reader)
-        handles.append(module.register_forward_pre_hook(partial(record, layer)))
+    for place in places:
+        module = model.blocks[place[0]].get_submodule(place[1])
+        handles.append(module.register_forward_pre_hook(partial(record, place)))
     try:
         yield h
     finally:
@@ -216,24 +209,27 @@ def recording(model, layers, reader="ffn.down"):
             handle.remove()
 
 
-def neuron_awareness(model, batches, layers, reader="ffn.down"):
+def neuron_awareness(model, batches, layers, readers=NEURONS):
     """How much each neuron matters: the mean over tokens of |h_i * dloss/dh_i|.
 
     The loss is the sum over target tokens, so that a sentence's scores do not depend on its batch.
-    One forward and backward pass a batch scores all layers. -> [len(layers), F] fp32
+    One forward and backward pass a batch scores all layers. -> [len(layers), F] fp32; with CHANNELS
+    among the readers [len(layers), F + H * d], the values that attention mixed scored alike
     """
-    width = model.blocks[layers[0]].get_submodule(reader).in_features
+    block = model.blocks[layers[0]]
+    width = sum(block.get_submodule(reader).in_features for reader in readers)
     # In 64 bits, so that the sum does not depend on the order in which processes add up.
-    total = torch.zeros(len(layers), width).double()
-    tokens = 0
-    with recording(model, layers, reader) as h:
+    total, tokens = torch.zeros(len(layers), width).double(), 0
+    places = [(layer, reader) for layer in layers for reader in readers]
+    with recording(model, places) as h:
         for batch in batches:
-            loss = target_loss(model, batch)
-            gradients = torch.autograd.grad(loss, [h[layer] for layer in layers])
-            for k, (layer, gradient) in enumerate(zip(layers, gradients)):
-                effect = h[layer].detach() * gradient.float()  # [B, T, F], zero where T is padding
+            loss, sums = target_loss(model, batch), []
+            gradients = torch.autograd.grad(loss, [h[place] for place in places])
+            for place, gradient in zip(places, gradients):
+                effect = h[place].detach() * gradient.float()  # [B, T, F], zero where T is padding
                 # The sum of |effect| over sentences and tokens, without a second [B, T, F].
-                total[k] += torch.linalg.vector_norm(effect, 1, (0, 1)).cpu()
+                sums.append(torch.linalg.vector_norm(effect, 1, (0, 1)))
+            total += torch.cat(sums).view(len(layers), width).cpu()
             tokens += int(batch.mask.sum())
     return (add_up(total) / add_up(tokens)).float()
 
@@ -327,7 +323,7 @@ def describe_groups(awareness, owner, pairs, selected):
 
 
 def partition(size, specific, tuned):
-    """Which of `size` neurons are whose: {"general": [...], "rest": [...], tuned pair: [...], ...}"""
+    """Which of `size` neurons are whose: {"general": [..], "rest": [..], tuned pair: [..], ...}"""
     owned = set().union(*specific.values())
     own = {pair: specific[pair] for pair in tuned}
     general = [i for i in range(size) if i not in owned]
@@ -365,7 +361,7 @@ class RoutedFFN(nn.Module):
         self.pair = None
 
     def what_learns(self, pair):
-        """name -> Parameter of all that learns from a pair: general neurons, its own, its router."""
+        """name -> Parameter of what learns from a pair: general neurons, its own, its router."""
         if pair not in self.specific:
             return {}
         learners = dict(self.general.named_parameters("general"))
@@ -412,19 +408,11 @@ def install_routing(model, groups, routing=True):
             select_channels(block.attention, group["channels"], group["share"])
 
 
-def routed_layers(model):
-    """layer number -> RoutedFFN"""
-    layers = {}
-    for layer, block in enumerate(model.blocks):
-        if isinstance(block.ffn, RoutedFFN):
-            layers[layer] = block.ffn
-    return layers
-
-
 def route(model, pair):
     """Make the model that of one pair: what comes next is routed as text of that pair."""
-    for ffn in routed_layers(model).values():
-        ffn.pair = pair
+    for module in model.modules():
+        if isinstance(module, RoutedFFN):
+            module.pair = pair
 
 
 def what_learns(model, pair):
@@ -440,15 +428,15 @@ def what_learns(model, pair):
 # --------------------------------------------------------------------------------------------------
 # Attention, too (--units all)
 #
-# Why: attention is a sum over channels as an FFN is over neurons. query . key is a sum over a head's
-# channels, and the output projection adds up one mixed value of each. So channels are scored, grouped
-# and trained as neurons are. Nothing routes between them.
+# Why: attention is a sum over channels as an FFN is over neurons. query . key is a sum over a
+# head's channels, and the output projection adds up one mixed value of each. So channels are
+# scored, grouped and trained as neurons are. Nothing routes between them.
 
 
 def channel_places(config):
     """Channel c is number c % d of key and value head c // d, and of the query heads that read it.
 
-    -> its rows of query_key_value [C, H / H_kv + 2], its columns of output [C, H / H_kv]; C = H_kv * d
+    C = H_kv * d -> its rows of query_key_value [C, H / H_kv + 2], columns of output [C, H / H_kv]
     """
     H, H_kv, d = config.heads, config.kv_heads, config.head_size
     if config.query_key_value == "interleaved":
@@ -460,15 +448,13 @@ def channel_places(config):
     return torch.cat([queries, key.reshape(-1, 1), value.reshape(-1, 1)], 1), columns
 
 
-def channel_awareness(awareness, config):
-    """A channel's, from that of each value the output projection reads. [.., H * d] -> [.., C]"""
-    _, columns = channel_places(config)
-    return awareness[..., columns].mean(-1)
-
-
 def add_channels(groups, awareness, config, pairs, epsilon):
-    """Say in groups which channels each pair owns. awareness [P, K, H * d]; rest: describe_groups"""
-    owner = categorize(channel_awareness(awareness, config), epsilon)  # [K, C]
+    """Say in groups which channels each pair owns, by scores of what attention's output reads.
+
+    A channel has the mean of its values' scores. awareness [P, K, H * d]; rest: describe_groups
+    """
+    _, columns = channel_places(config)
+    owner = categorize(awareness[..., columns].mean(-1), epsilon)  # [K, C]
     for k, group in enumerate(groups.values()):
         group["channels"] = owned_by(owner[k], pairs)
 
@@ -530,7 +516,7 @@ def select_channels(attention, channels, tuned):
 
     learn = {"weight": (0, numbers(rows))}
     if config.query_key_value_bias:
-        # Without rotary positions a key's bias has no effect: AdamW would move it by rounding alone.
+        # Without rotary positions a key's bias has no effect: rounding alone would move it.
         not_key = torch.cat([rows[:, :-2], rows[:, -1:]], 1)
         learn["bias"] = 0, numbers(rows if config.positions == "rotary" else not_key)
     attention.query_key_value = PartlyTrained(attention.query_key_value, learn)
@@ -575,8 +561,7 @@ def train_step(model, batches, optimizer, learners, keep=None):
             keep()
         add_gradients(learners)
     norm = nn.utils.clip_grad_norm_(learners, CLIP_NORM).item()
-    if math.isfinite(total) and math.isfinite(norm):
-        optimizer.step()
+    optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return total, norm
 
@@ -628,15 +613,15 @@ def training_steps(model, learners, steps, total, optimizer, peak, start=0, keep
 class Keeper:
     """Holds the model to what it said of other pairs' sources before training (--keep).
 
-    examples: those sources with the model's own greedy translations: no references, no second model.
+    examples: those sources with the model's own greedy translations; there is no second model.
     A step adds the gradient of weight * KL(p_start || p) of a target token, on one batch of them.
     Made before training: the head is frozen, so p_start is known from what it read then.
     """
 
     @torch.no_grad()
-    def __init__(self, model, examples, weight, pad_id, micro_tokens):
-        self.model, self.weight = model, weight
-        self.batches = list(make_batches(examples, pad_id, micro_tokens, seed=0))
+    def __init__(self, model, examples, settings, pad_id):
+        self.model, self.weight = model, settings.keep
+        self.batches = list(make_batches(examples, pad_id, settings.micro_tokens, seed=0))
         self.at_start = [target_states(model, batch)[0].cpu() for batch in self.batches]  # [N, D]
 
     def add_gradients(self, step):
@@ -672,88 +657,73 @@ def validation_loss(model, pair, batches):
 # Why for other pairs too: a gain says nothing without what was forgotten for it.
 
 
-LINES_AT_A_TIME = 1000  # sorted by length; their translations come in order
 LEAST_NEW_TOKENS = 64
 NEW_TOKENS = 3  # for each token of the prompt; more where a pair's targets take more (read_inputs)
-ROWS_AT_ONCE = 512  # of more, padding costs more than it saves to read the weights less often
-
-
-def translate_lines(model, tokenizer, pair, sources, decoding, label, new_tokens=NEW_TOKENS):
-    """Translate sentences, [(number, sentence), ...]. Yields (number, line, cut), in their order.
-
-    A translation ends at end-of-sentence, at the first line break after its first visible character,
-    or at new_tokens times its own prompt's length or LEAST_NEW_TOKENS; cut says that it came to that:
-    it is a loop, as a rule. An empty source, or one too long for the model, is an empty line.
-    decoding: .beams, 1 for greedy, and .cache_gb, the memory for keys and values (Settings has both)
-    """
-    route(model, pair)
-    progress = Progress(label, len(sources), "sentences")
-    longest = model.config.longest
-    made_for = min(longest, model.config.max_length)
-    room = decoding.cache_gb * 1e9 / (model.cache_bytes() * decoding.beams)  # tokens
-    emitted = {"vocab_size": tokenizer.vocab_size, "line_ends": line_ends(tokenizer)}
-    for first in range(0, len(sources), LINES_AT_A_TIME):
-        lines, prompts = sources[first : first + LINES_AT_A_TIME], {}
-        for number, source in lines:
-            prompt, _ = render(tokenizer, pair, source)
-            if len(prompt) > made_for:
-                too_long = f"{len(prompt)} tokens, the model was made for {made_for}"
-                note(f"{pair}: line {number + 1}: {too_long}; left empty")
-            elif source.strip():
-                prompts[number] = prompt
-        progress.add(len(lines) - len(prompts))
-        numbers, found = list(prompts), {}
-        limits = []
-        for n in numbers:
-            limit = max(new_tokens * len(prompts[n]), LEAST_NEW_TOKENS)
-            limits.append(min(limit, longest - len(prompts[n])))
-        lengths = [len(prompts[n]) + limit for n, limit in zip(numbers, limits)]
-        for group in group_by_length(lengths, room, ROWS_AT_ONCE // decoding.beams):
-            batch = make_batch([(prompts[numbers[i]], []) for i in group], tokenizer.pad_id)
-            ids, mask, _ = to_device(batch, model)
-            continuations = model.generate(
-                ids, mask, [limits[i] for i in group], tokenizer.end_ids, decoding.beams, **emitted
-            )
-            for i, new in zip(group, continuations):
-                text = tokenizer.decode(new)
-                cut = len(new) == limits[i] and not has_line_break(text.lstrip())
-                found[numbers[i]] = first_line(text), cut
-            progress.add(len(group))
-        for number, _ in lines:
-            line, cut = found.get(number, ("", False))
-            yield number, line, cut
-
-
-def make_metrics(pair):
-    """sacreBLEU's metrics; BLEU's tokenizer follows the target language (zh, ja-mecab, 13a, ...)."""
-    try:
-        return {"bleu": BLEU(tokenize=bleu_tokenizer(split_pair(pair)[1])), "chrf": CHRF()}
-    except (ImportError, RuntimeError) as error:
-        raise InputError(f"{pair}: no BLEU tokenizer ({str(error).splitlines()[0]})") from None
+ROWS_AT_ONCE = 128  # of more, padding costs more than it saves to read the weights less often
 
 
 def translate_text(model, tokenizer, pair, sources, decoding, new_tokens=NEW_TOKENS):
-    """Translate sentences, each process its share. -> lines, how many ran to their limit"""
-    own = list(of_this_process(enumerate(sources)))
-    rest = own, decoding, f"translating {pair}", new_tokens
-    translated = translate_lines(model, tokenizer, pair, *rest)
-    translations = gather({number: (line, cut) for number, line, cut in translated})
-    lines = [translations[number][0] for number in range(len(sources))]
-    return lines, sum(cut for _, cut in translations.values())
+    """Translate sentences, each process its share. -> lines, how many ran to their limit
+
+    A translation ends at end-of-sentence, at the first line break after its first visible
+    character, or at new_tokens times its own prompt's length or LEAST_NEW_TOKENS: what comes to
+    that is a loop, as a rule. An empty source, or one too long for the model, is an empty line.
+    decoding: .beams, 1 for greedy, and .cache_gb, the memory for keys and values
+    """
+    route(model, pair)
+    longest, made_for = model.config.longest, model.config.max_length
+    jobs, found = [], {}  # (number of a source, its prompt, limit of its translation)
+    for number, source in of_this_process(enumerate(sources)):
+        prompt, _ = render(tokenizer, pair, source)
+        if len(prompt) > min(longest, made_for):
+            too_long = f"{len(prompt)} tokens, the model was made for {min(longest, made_for)}"
+            note(f"{pair}: {too_long}; left empty: {source[:40]} ...")
+        elif source.strip():
+            limit = max(new_tokens * len(prompt), LEAST_NEW_TOKENS)
+            jobs.append((number, prompt, min(limit, longest - len(prompt))))
+    lengths = [len(prompt) + limit for _, prompt, limit in jobs]
+    room = decoding.cache_gb * 1e9 / (model.cache_bytes() * decoding.beams)  # tokens
+    emitted = {"vocab_size": tokenizer.vocab_size, "line_ends": line_ends(tokenizer)}
+    progress = Progress(f"translating {pair}", len(jobs))
+    for group in group_by_length(lengths, room, ROWS_AT_ONCE // decoding.beams):
+        numbers, prompts, limits = zip(*(jobs[i] for i in group))
+        batch = make_batch([(prompt, []) for prompt in prompts], tokenizer.pad_id)
+        ids, mask, _ = to_device(batch, model)
+        new = model.generate(ids, mask, limits, tokenizer.end_ids, decoding.beams, **emitted)
+        for number, limit, tokens in zip(numbers, limits, new):
+            text = tokenizer.decode(tokens)
+            cut = len(tokens) == limit and not has_line_break(text.lstrip())
+            found[number] = first_line(text), cut
+        progress.add(len(group))
+    found = gather(found)
+    lines = [found.get(number, ("", False))[0] for number in range(len(sources))]
+    return lines, sum(cut for _, cut in found.values())
+
+
+def make_metrics(pair, references=()):
+    """sacreBLEU's metrics; BLEU's tokenizer follows the target language (zh, ja-mecab, 13a, ...).
+
+    references: lines, which tell whether spaces part words
+    """
+    tokenizer = bleu_tokenizer(split_pair(pair)[1], references)
+    try:
+        return {"bleu": BLEU(tokenize=tokenizer), "chrf": CHRF()}
+    except (ImportError, RuntimeError) as error:
+        raise InputError(f"{pair}: no BLEU tokenizer ({str(error).splitlines()[0]})") from None
 
 
 def evaluate(model, tokenizer, pair, text, decoding, new_tokens=NEW_TOKENS):
     """Translate text, [(source, target), ...], and score it. -> hypotheses, scores
 
-    scores: {"bleu": ..., "chrf": ..., their signatures, "cut": how many ran to their limit}
+    scores: {"bleu": .., "chrf": .., signatures, "cut": ran to their limit, "sentences": how many}
     """
     sources, references = [source for source, _ in text], [target for _, target in text]
     hypotheses, cut = translate_text(model, tokenizer, pair, sources, decoding, new_tokens)
     scores = {}
-    for name, metric in make_metrics(pair).items():
+    for name, metric in make_metrics(pair, references).items():
         scores[name] = metric.corpus_score(hypotheses, [references]).score
         scores[f"{name}_signature"] = str(metric.get_signature())
-    return hypotheses, scores | {"cut": cut}
+    return hypotheses, scores | {"cut": cut, "sentences": len(text)}
 
 
 # The method ends here. What follows is a run.
@@ -771,7 +741,7 @@ def process_count():
 
 
 def process_number():
-    """The first of several alone writes and prints."""
+    """The first of several, number 0, alone writes and prints."""
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
@@ -792,11 +762,10 @@ def add_up(value):
 
 def add_gradients(parameters):
     """Every process gets the sum. One without sentences in this step has none to add."""
-    if process_count() > 1:
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            distributed.all_reduce(parameter.grad)
+    for parameter in parameters if process_count() > 1 else ():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        add_up(parameter.grad)
 
 
 def gather(found):
@@ -808,30 +777,16 @@ def gather(found):
     return {key: value for part in parts for key, value in part.items()}
 
 
-def wait_for_all():
-    if process_count() > 1:
-        distributed.barrier()
-
-
 @contextmanager
 def torchrun():
-    """Join the processes that torchrun started, if it did. All but the first are silent."""
+    """Join the processes that torchrun started, if it did."""
     if not distributed.is_torchelastic_launched():
         yield
         return
     distributed.init_process_group()
-    number = process_number()
-    if number > 0:
-        sys.stdout = sys.stderr = open(os.devnull, "w")
-    try:
-        yield
-    except (InputError, OSError, RuntimeError) as error:
-        # Another may have said the same, or died, which is an echo here: torchrun then ends this one.
-        if number > 0 or isinstance(error, RuntimeError):
-            time.sleep(10)
-        sys.stderr = sys.__stderr__
-        print(f"process {number}: ", end="", file=sys.stderr)
-        raise
+    if process_number() > 0:
+        sys.stdout = open(os.devnull, "w")
+    yield
     distributed.destroy_process_group()
 
 
@@ -839,128 +794,79 @@ def torchrun():
 # Settings and progress
 
 
-MANY = 2**31 - 1
+def read_settings(words=(), **defaults):
+    """The command line -> every setting, by name. defaults: other defaults, as a run's args.json.
 
-
-def option(default, help, least=0, most=MANY):
-    return field(default=default, metadata={"help": help, "least": least, "most": most})
-
-
-@dataclass
-class Settings:
-    """Every setting with its default: the command line is made from it, args.json records it."""
-
-    pair: str = option("", "pair to tune, source first: en-de; several alternate: en-de,fr-cs")
-    weights: str = option("", "folder of a published checkpoint; none: run the demo")
-    data: str = option("", "folder of parallel text: train.*, valid.* (if there), test.*")
-    out: str = option("", "run folder; none: runs/PAIRS")
-    layers: int = option(4, "how many layers each pair selects", least=1)
-    epsilon: float = option(0.9, "share of a layer's neurons that are language-general", most=1)
-    lr: float = option(5e-5, "peak learning rate of AdamW")
-    steps: int = option(0, "training steps; 0: one epoch")
-    batch: int = option(80, "sentences in a training step", least=1)
-    max_tokens: int = option(0, "longer examples are skipped; 0: over 256 and 4 times the median")
-    micro_tokens: int = option(2048, "tokens in one pass; a step takes several", least=1)
-    checkpointing: bool = option(False, "recompute activations: slower training, less memory")
-    score_pairs: str = option("all", "pairs whose neurons are compared: all, or a list")
-    score_sentences: int = option(500, "training sentences of each pair to score with", least=1)
-    eval_pairs: str = option("", "pairs to evaluate: all, or a list; none: the tuned ones")
-    eval_sentences: int = option(0, "test sentences of each pair; 0: all")
-    beams: int = option(1, "beam search with so many beams; 1: greedy", least=1, most=128)
-    cache_gb: float = option(2.0, "GB for the keys and values of a batch of translations")
-    device: str = option("", "cpu, cuda, cuda:1, ...; none: cuda where there is one")
-    dtype: str = option("", "float32 or bfloat16; none: float32 on the cpu, bfloat16 elsewhere")
-    language: str = option("", "names for other languages: xx=Name,yy=Other Name")
-    units: str = option("ffn", "what is scored and trained: ffn, or all: attention's channels, too")
-    seed: int = option(0, "of shuffling and sampling")
-    keep: float = option(0.0, "hold other pairs to what the model said: weight of the KL; 0: off")
-    no_routing: bool = option(False, "train the same neurons without CAR")
-    resume: bool = option(False, "go on with an interrupted run")
-    translate: str = option("", "translate the lines of a file, or of - (standard input)")
-    tuned: str = option("", "folder of a finished run, for --translate or --export")
-    export: str = option("", "folder to write the tuned model to, as a published checkpoint")
-
-    def __post_init__(self):
-        for setting in fields(self):
-            flag, value = flag_of(setting.name), getattr(self, setting.name)
-            least, most = setting.metadata["least"], setting.metadata["most"]
-            if setting.type is str:
-                if "\0" in value:
-                    raise InputError(f"{flag} has a NUL character")
-            elif not least <= value <= most:
-                expected = f"{least} or more" if most == MANY else f"{least} to {most}"
-                raise InputError(f"{flag} is {value}, expected {expected}")
-        if self.lr == 0:
-            raise InputError("--lr is 0, which trains nothing")
-        if self.dtype not in ("", "float32", "bfloat16"):
-            raise InputError(f"--dtype is {self.dtype!r}, expected float32 or bfloat16")
-        if self.units not in ("ffn", "all"):
-            raise InputError(f"--units is {self.units!r}, expected ffn or all")
-        if self.tuned and bool(self.translate) == bool(self.export):
-            raise InputError("--tuned needs --translate or --export, what to do with that run")
-        if (self.translate or self.export) and not self.tuned:
-            raise InputError("--translate and --export need --tuned, the folder of a finished run")
-
-
-def flag_of(name):
-    """ "eval_pairs" -> "--eval-pairs" """
-    return "--" + name.replace("_", "-")
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise InputError(f"{message}; -h lists the options")
-
-
-def parse_arguments(argv):
-    """Command-line words -> {name: value} of the settings that were given."""
-    parser = Parser("lander.py", argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    Wrong words end in argparse's usage, one line, and SystemExit(2).
+    """
+    parser = argparse.ArgumentParser("lander.py", allow_abbrev=False)
     parser.description = __doc__.split("\n\n")[0]
-    for setting in fields(Settings):
-        flag, kind, text = flag_of(setting.name), setting.type, setting.metadata["help"]
-        if kind is bool:
-            parser.add_argument(flag, action="store_true", help=text)
-        else:
-            if setting.default != "":
-                text += f" (default: {setting.default})"
-            parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=text)
-    return vars(parser.parse_args(argv))
+
+    def option(flag, default, help, **more):
+        more |= {"action": "store_true"} if default is False else {"type": type(default)}
+        help += f" (default: {default})" if default else ""
+        parser.add_argument(flag, default=default, help=help, **more)
+
+    option("--pair", "", "pair to tune, source first: en-de; several alternate: en-de,fr-cs")
+    option("--weights", "", "folder of a published checkpoint; none: run the demo")
+    option("--data", "", "folder of parallel text: train.*, valid.* (if there), test.*")
+    option("--out", "", "run folder; none: runs/PAIRS")
+    option("--layers", 4, "how many layers each pair selects")
+    option("--epsilon", 0.9, "share of a layer's neurons that are language-general")
+    option("--lr", 5e-5, "peak learning rate of AdamW")
+    option("--steps", 0, "training steps; 0: one epoch")
+    option("--batch", 80, "sentences in a training step")
+    option("--max-tokens", 0, "longer examples are skipped; 0: over 256 and 4 times the median")
+    option("--micro-tokens", 2048, "tokens in one pass; a step takes several")
+    option("--checkpointing", False, "recompute activations: slower training, less memory")
+    option("--score-pairs", "all", "pairs whose neurons are compared: all, or a list")
+    option("--score-sentences", 500, "training sentences of each pair to score with")
+    option("--eval-pairs", "", "pairs to evaluate: all, or a list; none: the tuned ones")
+    option("--eval-sentences", 0, "test sentences of each pair; 0: all")
+    option("--beams", 1, "beam search with so many beams; 1: greedy")
+    option("--cache-gb", 2.0, "GB for the keys and values of a batch of translations")
+    option("--device", "", "cpu, cuda, cuda:1, ...; none: cuda where there is one")
+    types = ["", "float32", "bfloat16"]
+    option("--dtype", "", "none: float32 on the cpu, bfloat16 elsewhere", choices=types)
+    option("--language", "", "names for other languages: xx=Name,yy=Other Name")
+    option("--units", "ffn", "what is trained: ffn, or all: attention, too", choices=("ffn", "all"))
+    option("--seed", 0, "of shuffling and sampling")
+    option("--keep", 0.0, "hold other pairs to what the model said: weight of the KL; 0: off")
+    option("--no-routing", False, "train the same neurons without CAR")
+    option("--resume", False, "go on with a run: what is not given is as it was")
+    option("--tuned", "", "folder of a finished run, for --translate or --export")
+    option("--translate", "", "translate the lines of a file, or of - (standard input)")
+    option("--export", "", "folder to write the tuned model to, as a published checkpoint")
+    parser.set_defaults(**defaults)
+    settings = parser.parse_args(words)
+
+    least = {"layers": 1, "batch": 1, "micro_tokens": 1, "score_sentences": 1, "beams": 1}
+    for name, value in vars(settings).items():
+        if isinstance(value, (int, float)) and not least.get(name, 0) <= value < math.inf:
+            flag = "--" + name.replace("_", "-")
+            parser.error(f"{flag} is {value}, expected {least.get(name, 0)} or more")
+    if settings.epsilon > 1 or settings.lr == 0:
+        parser.error("--epsilon is at most 1, and --lr above 0")
+    if bool(settings.tuned) != (bool(settings.translate) != bool(settings.export)):
+        parser.error("--tuned goes with --translate or --export, what to do with that run")
+    return settings
 
 
 class Progress:
-    """Rate and time left of a long step, on stderr: a line each 30 s, or one that updates itself."""
+    """Rate and time left of long work: a line on stderr each ten seconds."""
 
-    def __init__(self, label, total, unit, done=0):
-        self.label, self.total, self.unit = label, total, unit
-        self.done = self.first = done
+    def __init__(self, label, total, done=0):
+        self.label, self.total, self.done, self.first = label, total, done, done
         self.start = self.shown = time.monotonic()
 
     def add(self, count, remark=""):
         self.done += count
-        terminal, now = sys.stderr.isatty(), time.monotonic()
-        if terminal and self.done >= self.total:
-            print(f"\r{'':<79}\r", end="", file=sys.stderr, flush=True)
-        elif now - self.shown > (0.2 if terminal else 30):
+        now = time.monotonic()
+        if now - self.shown > 10 and process_number() == 0:
             self.shown = now
             rate = max(self.done - self.first, 1) / (now - self.start)
             left = f"{rate:.3g}/s, {(self.total - self.done) / rate:.0f} s left"
-            line = f"{self.label}: {self.done}/{self.total} {self.unit}, {left}{remark}"
-            line = f"\r{line:<79}" if terminal else f"{line}\n"
-            print(line, end="", file=sys.stderr, flush=True)
-
-
-def counted(batches, label, sentences):
-    """Those of the batches that this process works on, with progress."""
-    progress = Progress(label, sentences, "sentences")
-    for batch in of_this_process(batches):
-        yield batch
-        progress.add(len(batch.ids) * process_count())
-
-
-def say(line=""):
-    """Print a line, wrapped to 80 columns."""
-    wrapped = textwrap.fill(line, 80, subsequent_indent="   ", break_long_words=False)
-    print(wrapped, flush=True)
+            note(f"{self.label}: {self.done} of {self.total}, {left}{remark}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -978,11 +884,8 @@ def write(path, value):
 
 
 def grow(path, keys, make):
-    """A file with an entry for each key: what it lacks is made, and written as soon as it is done."""
-    entries = {}
-    if path.exists():
-        with reading(path):
-            entries = dict(READERS[path.suffix](path))
+    """A file with an entry for each key: what it lacks is made, and written when it is done."""
+    entries = READERS[path.suffix](path) if path.exists() else {}
     for key in keys:  # in every process, or one finds in the file what another is yet to make
         if key not in entries:
             entries[key] = make(key)
@@ -990,74 +893,44 @@ def grow(path, keys, make):
     return entries
 
 
-PLACES = "weights", "data"  # may differ on resuming: fingerprints know what lies there
-NOT_RECORDED = {"out", "resume", "translate", "tuned", "export"}  # a result depends on none
+NOT_RECORDED = "out", "resume", "tuned", "translate", "export"
+# What changes rounding alone, or nothing that was computed. Fingerprints know the text and weights.
+MAY_DIFFER = "weights", "data", "device", "micro_tokens", "cache_gb", "checkpointing"
+MAY_DIFFER += "eval_pairs", "eval_sentences", "new_tokens", "files"
 
 
-def recorded(settings):
-    """What args.json holds, the files' fingerprints apart: what a result depends on."""
-    device, dtype = choose_device(settings)
-    record = asdict(settings) | {"torch": torch.__version__}
-    record |= {"device": device.type, "dtype": str(dtype).removeprefix("torch.")}
-    for name in NOT_RECORDED:
-        del record[name]
-    for name in PLACES:  # a path that is no UTF-8 is recorded as well as can be
-        record[name] = os.path.abspath(record[name]).encode("utf-8", "replace").decode()
-    return record
+def record(settings, paths):
+    """What args.json holds: every setting, and fingerprints of the files. paths: name -> path"""
+    held = {name: value for name, value in vars(settings).items() if name not in NOT_RECORDED}
+    held |= {name: os.path.abspath(held[name]) for name in ("weights", "data")}
+    return held | {"files": {name: fingerprint(path) for name, path in paths.items()}}
 
 
-def read_args(folder):
-    """args.json of a run. InputError where it is of another version."""
-    path = folder / "args.json"
-    record = read_json(path)
-    with reading(path):
-        settings = {one.name: one.type for one in fields(Settings) if one.name not in NOT_RECORDED}
-        odd = record.keys() ^ {*settings, "torch", "files", "new_tokens"}
-        if odd:
-            raise InputError(f"{path}: of another version, at {', '.join(sorted(odd))}")
-        for name, kind in settings.items():
-            if type(record[name]) is not kind:
-                raise InputError(f"{path}: {name} is {record[name]!r}")
-        record["files"] = dict(record["files"])
-        record["new_tokens"] = {pair: int(limit) for pair, limit in record["new_tokens"].items()}
-    return record
+def check_same(run, before, now, names):
+    """InputError for settings or files that are not what they were. before, now: two records"""
+    before, now = before | before["files"], now | now["files"]
+    changed = []
+    for name in sorted(names):
+        if before.get(name) != now.get(name):
+            changed.append(f"{name} {before.get(name)}, now {now.get(name)}")
+    if changed:
+        raise InputError(f"{run}: was made with {'; '.join(changed)}")
 
 
-def check_run_folder(folder, settings):
-    """InputError for a folder that holds another run, or this one without --resume."""
-    if not (folder / "args.json").exists():
-        if any(folder.glob("*.safetensors")):
-            raise InputError(f"{folder}: holds files of a run, but not its args.json")
-        if settings.resume:
-            note(f"{folder}: no run to go on with, so one begins")
-        return
+def checked_record(settings, folder, paths):
+    """What args.json is to hold. InputError where it says otherwise: that is another run."""
+    path, now = folder / "args.json", record(settings, paths)
+    if not path.exists():
+        return now
     if not settings.resume:
         remedy = "--resume goes on with it, --out names another folder"
         raise InputError(f"{folder}: holds a run already; {remedy}")
-    before, now = read_args(folder), recorded(settings)
-    for name in now.keys() - PLACES:
-        if before[name] != now[name]:
-            changed = f"{flag_of(name)} {before[name]}, now {flag_of(name)} {now[name]}"
-            raise InputError(f"{folder}: was run with {changed}; --resume needs the same")
-
-
-def first_change(before, now, paths):
-    """The first file of two {name: fingerprint} that differs or is in one alone; None for none."""
-    for name in sorted(before.keys() | now.keys()):
-        if before.get(name) != now.get(name):
-            return paths.get(name, name)
-
-
-def record_args(folder, settings, paths, new_tokens):
-    """Write args.json. paths: name -> path of all that the run reads. -> name -> fingerprint"""
-    files = {name: fingerprint(path) for name, path in paths.items()}
-    if (folder / "args.json").exists():
-        if changed := first_change(read_args(folder)["files"], files, paths):
-            since = f"{changed} has changed since the run began"
-            raise InputError(f"{folder}: {since}; --resume needs the same")
-    record = recorded(settings) | {"files": files, "new_tokens": new_tokens}
-    write(folder / "args.json", record)
-    return files
+    before = read_json(path)
+    one_alone = before["files"].keys() ^ now["files"].keys()
+    tests = {name for name in one_alone if name.startswith("data/test.")}  # of other eval_pairs
+    names = {*before, *before["files"], *now, *now["files"]} - {*MAY_DIFFER, *tests}
+    check_same(folder, before, now, names)
+    return now | {"files": before["files"] | now["files"]}
 
 
 def merged(learners):
@@ -1066,7 +939,7 @@ def merged(learners):
 
 
 def save_state(path, parameters, optimizer, step):
-    """Weights, AdamW's moments and the number of steps done: one file, so that they fit together."""
+    """Weights, AdamW's moments and the number of steps done, in one file: they fit together."""
     tensors = {"step": torch.tensor(step)}
     for name, parameter in parameters.items():
         tensors[name] = parameter.detach()
@@ -1078,39 +951,24 @@ def save_state(path, parameters, optimizer, step):
 def load_state(path, parameters, optimizer):
     """Undo save_state. -> steps done"""
     tensors = read_tensors(path)
-    with reading(path):
-        load_parameters(path, {name: tensors.pop(name) for name in parameters}, parameters)
-        step = int(tensors.pop("step"))
-        for name, value in tensors.items():
-            owner, key = name.split("/")
-            parameter = parameters[owner]
-            shape = () if key == "step" else parameter.shape
-            optimizer.state[parameter][key] = value.to(parameter.device, torch.float32).view(shape)
-    return step
+    load_parameters(tensors, parameters)
+    for name in tensors.keys() - parameters.keys() - {"step"}:
+        parameter, key = parameters[name.split("/")[0]], name.split("/")[1]
+        optimizer.state[parameter][key] = tensors[name].to(parameter.device)
+    return int(tensors["step"])
 
 
-def load_parameters(path, tensors, parameters):
-    """Copy tensors into parameters. InputError for other names, shapes or types, or for no numbers."""
-    wrong = sorted(tensors.keys() ^ parameters.keys())
-    for name in tensors.keys() & parameters.keys():
-        tensor, parameter = tensors[name], parameters[name]
-        if tensor.shape != parameter.shape or tensor.dtype != parameter.dtype:
-            wrong.append(name)
-        elif not tensor.isfinite().all():
-            wrong.append(f"{name} (not all numbers)")
-    if wrong:
-        raise InputError(f"{path}: does not fit this model and neurons.json, at {', '.join(wrong)}")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
+@torch.no_grad()
+def load_parameters(tensors, parameters):
+    for name, parameter in parameters.items():
+        parameter.copy_(tensors[name])
 
 
 # --------------------------------------------------------------------------------------------------
-# tune
+# Inputs: device, checkpoint and text, so that what is wrong with them shows before anything long
 
 
 VALID_SENTENCES = 500
-SAVE_EVERY = 30  # seconds at least, and twenty times what the last save took
 
 
 def choose_device(settings):
@@ -1130,23 +988,23 @@ def choose_device(settings):
 def choose_pairs(choice, folder, split):
     """ "all" -> every pair of a split; else the listed ones, checked."""
     pairs = list_pairs(folder, split) if choice == "all" else choice.split(",")
-    for i, pair in enumerate(pairs):
+    pairs = [pair.strip() for pair in pairs]
+    for pair in pairs:
         split_pair(pair)
-        if pair in pairs[:i]:
-            raise InputError(f"pair {pair!r} is listed twice")
-    return pairs
+    return list(dict.fromkeys(pairs))
+
+
+READ_OF_WEIGHTS = ".json", ".model", ".safetensors"
 
 
 def open_checkpoint(folder):
-    """-> Config, tokenizer that fits, and name in args.json -> path of all files that are read"""
+    """-> Config, tokenizer that fits, and name in args.json -> path of what may change a result"""
     config, tokenizer = Config.from_folder(folder), load_tokenizer(folder)
     if tokenizer.vocab_size > config.vocab_size:
-        found = f"{tokenizer.paths[0]} has {tokenizer.vocab_size} tokens"
-        raise InputError(f"{found}, config.json an embedding of {config.vocab_size}")
-    folder = Path(folder)
-    paths = [folder / "config.json", *tokenizer.paths, *checkpoint_files(folder)]
-    paths += folder.glob("model.safetensors.index.json")
-    return config, tokenizer, {f"weights/{path.name}": path for path in paths}
+        found = f"the tokenizer has {tokenizer.vocab_size} tokens"
+        raise InputError(f"{folder}: {found}, config.json an embedding of {config.vocab_size}")
+    counts = [path for path in Path(folder).iterdir() if path.suffix in READ_OF_WEIGHTS]
+    return config, tokenizer, {f"weights/{path.name}": path for path in sorted(counts)}
 
 
 class Inputs(NamedTuple):
@@ -1155,7 +1013,7 @@ class Inputs(NamedTuple):
     train: dict  # tuned pair -> [(source, target), ...]
     valid: dict  # tuned pair -> rendered examples, where there is such text
     scoring: dict  # tuned and other pairs -> rendered examples for the scores
-    others: dict  # pair that is not tuned -> sources of its training text
+    others: dict  # pair that is not tuned -> [(source, target), ...], some of its training text
     test: dict  # evaluated pair -> [(source, target), ...]
     paths: dict  # name in args.json -> path
     max_tokens: int  # longer examples are skipped
@@ -1167,43 +1025,37 @@ def short_enough(examples, max_tokens):
 
 
 def read_inputs(tokenizer, tuned, settings, longest=math.inf):
-    """Read all text that a run needs, so that what is wrong with it shows before anything long.
+    """Read all text that a run needs. -> Inputs
 
     A script may take ten tokens where English takes one: limits grow with what a pair takes.
     longest: how many tokens the model takes
     """
-    paths, train, valid, scoring, others, test = {}, {}, {}, {}, {}, {}
+    paths, valid, scoring, test = {}, {}, {}, {}
 
     def read(split, pair):
-        text = open_parallel(settings.data, split, pair)
-        paths.update({f"data/{path.name}": path for path in text.paths})
+        text, found = open_parallel(settings.data, split, pair)
+        paths.update({f"data/{path.name}": path for path in found})
         if not text:
             raise InputError(f"{settings.data}: the {split} text of {pair} is empty")
         return text
 
-    def rendered(pair, text):
-        return [render(tokenizer, pair, source, target) for source, target in text]
-
-    for pair in tuned:
-        train[pair] = read("train", pair)
+    train = {pair: read("train", pair) for pair in tuned}
     compared = choose_pairs(settings.score_pairs, settings.data, "train")
-    for pair in tuned + [pair for pair in compared if pair not in tuned]:
+    for pair in dict.fromkeys(tuned + compared):
         text = train[pair] if pair in tuned else read("train", pair)
         size = min(settings.score_sentences, len(text))
-        chosen = random.Random(settings.seed).sample(text, size)
-        scoring[pair] = rendered(pair, chosen)
-        if pair not in tuned:
-            others[pair] = [source for source, _ in chosen[:KEPT_SENTENCES]]
+        scoring[pair] = random.Random(settings.seed).sample(text, size)
+    others = {pair: scoring[pair][:KEPT_SENTENCES] for pair in scoring if pair not in tuned}
     if len(scoring) < 2:
         raise InputError(f"{settings.data}: training text of one pair only; {NEEDS_TWO_PAIRS}")
     if settings.keep and not others:
         raise InputError("--keep: --score-pairs and --data have no pair beside the tuned ones")
-    with_valid = list_pairs(settings.data, "valid")
     for pair in tuned:
-        if pair in with_valid:
-            valid[pair] = rendered(pair, read("valid", pair)[:VALID_SENTENCES])
-        elif any(Path(settings.data).glob("valid.*")):
-            note(f"{settings.data}: no valid text for {pair}, though there is some")
+        if pair in list_pairs(settings.data, "valid"):
+            valid[pair] = read("valid", pair)[:VALID_SENTENCES]
+    for of_split in (scoring, valid):
+        for pair, text in of_split.items():
+            of_split[pair] = [render(tokenizer, pair, *sentences) for sentences in text]
     max_tokens, new_tokens = settings.max_tokens, {}
     for pair, examples in scoring.items():
         ratio = median(len(target) / len(prompt) for prompt, target in examples)
@@ -1212,77 +1064,88 @@ def read_inputs(tokenizer, tuned, settings, longest=math.inf):
         if not settings.max_tokens:
             max_tokens = max(max_tokens, 256, math.ceil(4 * length))
     max_tokens = min(max_tokens, longest + 1)  # the last target is no input
-    for rendered_text, what in ((scoring, "scoring"), (valid, "validation")):
-        for pair, examples in rendered_text.items():
-            rendered_text[pair] = kept = short_enough(examples, max_tokens)
-            over = f"{len(examples) - len(kept)} of {len(examples)} examples"
+    for of_split, what in ((scoring, "scoring"), (valid, "validation")):
+        for pair, examples in of_split.items():
+            of_split[pair] = kept = short_enough(examples, max_tokens)
+            over = f"{what} {pair}: {len(examples) - len(kept)} of {len(examples)} examples"
             if not kept:
-                raise InputError(f"{what} {pair}: {over} are longer than --max-tokens {max_tokens}")
+                raise InputError(f"{over} are longer than --max-tokens {max_tokens}")
             if len(kept) < len(examples):
-                note(f"{what} {pair}: skipped {over}, over {max_tokens} tokens")
+                note(f"{over} are left out, over {max_tokens} tokens")
     for pair in choose_pairs(settings.eval_pairs or settings.pair, settings.data, "test"):
-        make_metrics(pair)  # which may lack its tokenizer
         test[pair] = read("test", pair)[: settings.eval_sentences or None]
+        make_metrics(pair)  # which may lack its tokenizer
     return Inputs(train, valid, scoring, others, test, paths, max_tokens, new_tokens)
 
 
-def check_scores(scores, size, what):
-    """InputError for scores that are not `size` numbers, or that say nothing: they decide all."""
-    if scores.shape != (size,) or not scores.isfinite().all():
-        raise InputError(f"{what}: not all numbers, or not {size}; are the weights?")
-    if not scores.any():
-        raise InputError(f"{what}: all zero")
+# --------------------------------------------------------------------------------------------------
+# The steps of a run
 
 
-def analyse_layers(model, tokenizer, scoring, tuned, settings, path):
+def own_batches(settings, tokenizer, examples, label):
+    """Batches of examples, those that this process works on, with progress."""
+    progress = Progress(label, len(examples))
+    for batch in of_this_process(make_batches(examples, tokenizer.pad_id, settings.micro_tokens)):
+        yield batch
+        progress.add(len(batch.ids) * process_count())
+
+
+def check_scores(scores, what):
+    """InputError for scores that are no numbers, or that say nothing: they decide all."""
+    if not scores.isfinite().all() or not scores.any():
+        raise InputError(f"{what}: not all numbers, or all zero; are the weights?")
+    return scores
+
+
+def analyse_layers(model, tokenizer, scoring, tuned, settings, folder):
     """layers.json: each tuned pair's means, differences and layers. -> pair -> selected layers"""
 
     def analyse(pair):
         prompts = [(prompt, []) for prompt, _ in scoring[pair]]
-        batches = make_batches(prompts, tokenizer.pad_id, settings.micro_tokens)
-        means = activation_means(model, counted(batches, f"layers for {pair}", len(prompts)))
-        check_scores(means, model.config.layers, f"layer means of {pair}")
+        batches = own_batches(settings, tokenizer, prompts, f"layers for {pair}")
+        means = check_scores(activation_means(model, batches), f"layer means of {pair}")
         differences = layer_differences(means).tolist()
         selected = select_layers(differences, settings.layers)
         return {"selected": selected, "means": means.tolist(), "differences": differences}
 
-    analysis, selected = grow(path, tuned, analyse), {}
-    with reading(path):
-        for pair in tuned:
-            differences = torch.tensor(analysis[pair]["differences"])
-            check_scores(differences, model.config.layers - 1, f"{path}: differences of {pair}")
-            selected[pair] = select_layers(differences, settings.layers)
-    return selected
-
-
-def score_units(model, tokenizer, scoring, layers, reader, settings, path):
-    """Write what neuron_awareness says of each pair. -> [P, K, what the reader reads]"""
-
-    def score(pair):
-        batches = make_batches(scoring[pair], tokenizer.pad_id, settings.micro_tokens)
-        batches = counted(batches, f"scoring {pair}", len(scoring[pair]))
-        return neuron_awareness(model, batches, layers, reader)
-
-    awareness = grow(path, scoring, score)
-    width = model.blocks[0].get_submodule(reader).in_features
-    with reading(path):
-        for pair in scoring:
-            for layer, scores in zip(layers, awareness[pair], strict=True):
-                check_scores(scores, width, f"{path}: awareness for {pair} in layer {layer}")
-        return torch.stack([awareness[pair] for pair in scoring])
+    analysis = grow(folder / "layers.json", tuned, analyse)
+    return {pair: analysis[pair]["selected"] for pair in tuned}
 
 
 def group_neurons(model, tokenizer, scoring, selected, settings, folder):
-    """neurons.json, from the scores of all units that --units names. -> groups"""
-    pairs, rest = list(scoring), (model, tokenizer, scoring, union(selected))
-    awareness = score_units(*rest, "ffn.down", settings, folder / "awareness.safetensors")
-    owner = categorize(awareness, settings.epsilon)
-    groups = describe_groups(awareness, owner, pairs, selected)
+    """awareness.safetensors and neurons.json: who owns which units of the layers. -> groups"""
+    layers, pairs = union(selected), list(scoring)
+    readers = NEURONS + CHANNELS if settings.units == "all" else NEURONS
+
+    def score(pair):
+        batches = own_batches(settings, tokenizer, scoring[pair], f"scoring {pair}")
+        scores = neuron_awareness(model, batches, layers, readers)
+        for layer, row in zip(layers, scores):
+            check_scores(row, f"awareness for {pair} in layer {layer}")
+        return scores
+
+    found = grow(folder / "awareness.safetensors", pairs, score)
+    awareness = torch.stack([found[pair] for pair in pairs])  # [P, K, F or F + H * d]
+    size = model.config.ffn_size
+    owner = categorize(awareness[..., :size], settings.epsilon)
+    groups = describe_groups(awareness[..., :size], owner, pairs, selected)
     if settings.units == "all":
-        read = score_units(*rest, "attention.output", settings, folder / "channels.safetensors")
-        add_channels(groups, read, model.config, pairs, settings.epsilon)
+        add_channels(groups, awareness[..., size:], model.config, pairs, settings.epsilon)
     write(folder / "neurons.json", groups)
     return groups
+
+
+def show_groups(groups, tuned, config):
+    """A line for each layer: how many units are general, and how many each tuned pair owns."""
+    channels = config.kv_heads * config.head_size
+    for layer, group in groups.items():
+        for key, size in (("specific", config.ffn_size), ("channels", channels)):
+            if key in group:
+                owned = ", ".join(f"{len(group[key][pair])} of {pair}" for pair in tuned)
+                specific = sum(map(len, group[key].values()))
+                what = "neurons" if key == "specific" else "channels"
+                counts = f"{size - specific} general {what}, {specific} specific"
+                print(f"   layer {layer}: {counts}: {owned}")
 
 
 def count_steps(text, settings):
@@ -1304,22 +1167,22 @@ def step_batches(tokenizer, text, settings, start):
         yield pair, list(batches), len(examples) - len(kept)
 
 
-def kept_examples(model, tokenizer, others, settings, new_tokens, path):
-    """kept.json: what the model says of other pairs' sources before training. -> rendered examples"""
+def kept_examples(model, tokenizer, others, settings, folder):
+    """kept.json: what the model says of other pairs' sources before training. -> its examples"""
+    greedy = SimpleNamespace(beams=1, cache_gb=settings.cache_gb)
+    sources = {pair: [source for source, _ in text] for pair, text in others.items()}
 
     def make(pair):
-        rest = replace(settings, beams=1), new_tokens[pair]
-        return translate_text(model, tokenizer, pair, others[pair], *rest)[0]
+        limit = settings.new_tokens[pair]
+        return translate_text(model, tokenizer, pair, sources[pair], greedy, limit)[0]
 
-    said, examples = grow(path, others, make), []
-    with reading(path):
-        for pair, sources in others.items():
-            for source, line in zip(sources, said[pair], strict=True):
-                examples.append(render(tokenizer, pair, source, line))
-    kept = short_enough(examples, settings.max_tokens)
-    if not kept:
-        raise InputError(f"--keep: none of {len(examples)} examples of other pairs is short enough")
-    return kept
+    examples = []
+    for pair, lines in grow(folder / "kept.json", others, make).items():
+        examples += [render(tokenizer, pair, *text) for text in zip(sources[pair], lines)]
+    return short_enough(examples, settings.max_tokens)
+
+
+SAVE_EVERY = 30  # seconds at least, and twenty times what the last save took
 
 
 def train(model, tokenizer, learners, text, valid, settings, folder, kept=()):
@@ -1331,90 +1194,70 @@ def train(model, tokenizer, learners, text, valid, settings, folder, kept=()):
     log_path, state_path = folder / "log.jsonl", folder / "state.safetensors"
     parameters, total = merged(learners), count_steps(text, settings)
     optimizer = torch.optim.AdamW(parameters.values(), weight_decay=WEIGHT_DECAY, fused=True)
-    rest = settings.keep, tokenizer.pad_id, settings.micro_tokens
-    keeper = Keeper(model, kept, *rest) if kept else None
+    keeper = Keeper(model, kept, settings, tokenizer.pad_id) if kept else None
 
     def validate(step):
         losses = {}
         for pair, examples in valid.items():
-            batches = make_batches(examples, tokenizer.pad_id, settings.micro_tokens)
-            batches = counted(batches, f"validation loss of {pair}", len(examples))
+            batches = own_batches(settings, tokenizer, examples, f"validation loss of {pair}")
             losses[pair] = validation_loss(model, pair, batches)
-        return json.dumps({"step": step, "valid_loss": losses})
+        return {"step": step, "valid_loss": losses}
 
-    start = 0
+    start, log = 0, []
     if state_path.exists():
         start = load_state(state_path, parameters, optimizer)
-        lines = read_lines(log_path)[: start + 1]  # the first line is the validation loss
-        if not 0 < start <= total or len(lines) <= start:
-            raise InputError(f"{log_path}: {len(lines)} lines, but {state_path} is of step {start}")
-    else:
-        lines = [validate(0)]
-    write(log_path, lines)
-
-    progress = Progress("training", total, "steps", done=start)
+        log = [json.loads(line) for line in read_lines(log_path)[: start + 1]]
+    log = log or [validate(0)]
+    progress = Progress("training steps", total, done=start)
     saved, wait = time.monotonic(), SAVE_EVERY
     model.checkpointing = settings.checkpointing
     batches = step_batches(tokenizer, text, settings, start)
     steps = training_steps(model, learners, batches, total, optimizer, settings.lr, start, keeper)
-    with open(os.devnull if process_number() else log_path, "a", encoding="utf-8") as log:
-        for entry in steps:
-            step, loss, norm = entry["step"], entry["loss"], entry["gradient_norm"]
-            if not math.isfinite(loss) or not math.isfinite(norm):
-                found = f"step {step}: the loss is {loss} and its gradient {norm}"
-                if state_path.exists():
-                    found += f"; the last good state is {state_path}"
-                raise InputError(f"{found}; run again with a lower --lr and another --out")
-            print(json.dumps(entry), file=log, flush=True)
-            progress.add(1, f", loss {loss:.3f}")
-            if time.monotonic() - saved > wait or step == total:
-                began = time.monotonic()
-                save_state(state_path, parameters, optimizer, step)
-                saved = time.monotonic()
-                wait = max(SAVE_EVERY, 20 * (saved - began))
-        model.checkpointing = False
-        print(validate(total), file=log)
+    for entry in steps:
+        step, loss, norm = entry["step"], entry["loss"], entry["gradient_norm"]
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            found = f"step {step}: the loss is {loss} and its gradient {norm}"
+            raise InputError(f"{found}; run again with a lower --lr and another --out")
+        log.append(entry)
+        progress.add(1, f", loss {loss:.3f}")
+        if time.monotonic() - saved > wait or step == total:
+            began = time.monotonic()
+            write(log_path, map(json.dumps, log))
+            save_state(state_path, parameters, optimizer, step)
+            saved = time.monotonic()
+            wait = max(SAVE_EVERY, 20 * (saved - began))
+    model.checkpointing = False
+    write(log_path, map(json.dumps, [*log, validate(total)]))
     write(folder / "tuned.safetensors", {name: p.detach() for name, p in parameters.items()})
-    wait_for_all()
 
 
-def show_training(log_path, max_tokens):
+def show_training(log_path):
     """The validation losses before and after, and how many examples were too long, from the log."""
-    with reading(log_path):
-        entries = [json.loads(line) for line in read_lines(log_path)]
-        skipped = sum(entry["skipped"] for entry in entries[1:-1])
-        drifts = [entry["kept"] for entry in entries[1:-1][-10:] if "kept" in entry]
-        before, after = entries[0]["valid_loss"], entries[-1]["valid_loss"]
-        changes = [f"{pair} {before[pair]:.3f} to {after[pair]:.3f}" for pair in before]
-    if changes:
-        say(f"   loss of a validation token: {', '.join(changes)}")
-    if drifts:
-        say(f"   kept: KL to the start on other pairs' sources, {mean(drifts):.4f} nats a token")
-    if skipped:
-        note(f"training: skipped {skipped} examples, over --max-tokens {max_tokens}")
+    first, *steps, last = map(json.loads, read_lines(log_path))
+    for pair, loss in first["valid_loss"].items():
+        print(f"   {pair}: loss of a validation token {loss:.3f} to {last['valid_loss'][pair]:.3f}")
+    if drifts := [entry["kept"] for entry in steps[-10:] if "kept" in entry]:
+        print(f"   kept: KL to the start on other pairs' sources, {mean(drifts):.4f} nats a token")
+    if skipped := sum(entry["skipped"] for entry in steps):
+        note(f"training: skipped {skipped} examples, over --max-tokens")
 
 
-def evaluate_all(model, tokenizer, test, new_tokens, when, settings, folder):
-    """Translate and score the test text of each pair that results.json lacks. -> what it holds then"""
-    path = folder / "results.json"
-    results = read_json(path) if path.exists() else {}
-    with reading(path):
-        for pair, scores in results.items():
-            if pair not in test or not scores.keys() <= {"before", "after"}:
-                raise InputError(f"{path}: {pair}: {', '.join(scores)} is not of this run")
+def evaluate_all(model, tokenizer, test, results, when, settings, folder):
+    """Translate and score the test text of each pair that results lack; add it to them."""
     for pair, text in test.items():
-        if when in results.setdefault(pair, {}):
+        scores = results.setdefault(pair, {})
+        if scores.get(when, {}).get("sentences") == len(text):
             continue
-        limit = new_tokens.get(pair, NEW_TOKENS)
-        hypotheses, scores = evaluate(model, tokenizer, pair, text, settings, limit)
-        results[pair][when] = scores
-        write(folder / "hypotheses" / f"{pair}.{when}.txt", hypotheses)
-        write(path, results)
-    return results
+        limit = settings.new_tokens.get(pair, NEW_TOKENS)
+        hypotheses, scores[when] = evaluate(model, tokenizer, pair, text, settings, limit)
+        sources, references = zip(*text)
+        for name, lines in (("source", sources), ("reference", references), (when, hypotheses)):
+            write(folder / "hypotheses" / f"{pair}.{name}.txt", lines)
+        write(folder / "results.json", results)
 
 
 def show_table(results, tuned):
-    """Scores before and after, pair by pair, with the means of the tuned pairs and of the others."""
+    """Scores before and after, pair by pair, and the means of the tuned pairs and of the others."""
     rows = [(pair, [pair], "  tuned" if pair in tuned else "") for pair in results]
     rows.append(("mean, tuned", [pair for pair in results if pair in tuned], ""))
     rows.append(("mean, others", [pair for pair in results if pair not in tuned], ""))
@@ -1428,143 +1271,78 @@ def show_table(results, tuned):
                 print(f"{before:{width}.2f}{after:8.2f}{after - before:+8.2f}", end="")
             print(remark)
     for when in ("before", "after"):
-        cut = sum(scores[when]["cut"] for scores in results.values())
-        if cut:
-            limits = f"{LEAST_NEW_TOKENS} tokens, or {NEW_TOKENS} or more for each of the prompt's"
-            say(f"{cut} translations {when} tuning ran to their limit, as a loop does: {limits}.")
+        if cut := sum(scores[when]["cut"] for scores in results.values()):
+            print(f"{cut} translations {when} tuning ran to their limit, as a loop does.")
 
 
 def run(settings):
     """The whole method in a run folder of its own. -> what results.json holds"""
-    if not settings.data:
-        raise InputError("--data names no folder of parallel text")
-    folder = Path(settings.out or f"runs/{settings.pair}")
-    with nullcontext() if process_number() else locked(folder):
-        return tune(settings, folder)
-
-
-def tune(settings, folder):
-    """The whole method; each step leaves a file in the run folder, a resumed run skips those done."""
     started = time.monotonic()
+    if not settings.pair or not settings.data:
+        raise InputError("--pair and --data are needed: which text to tune on, and where it lies")
+    folder = Path(settings.out or f"runs/{settings.pair}")
     device, dtype = choose_device(settings)
-    given = settings
-    check_run_folder(folder, settings)
-    wait_for_all()  # until all have looked for what the first process writes from now on
     tuned = choose_pairs(settings.pair, settings.data, "train")
     config, tokenizer, paths = open_checkpoint(settings.weights)
     select_layers(torch.zeros(config.layers - 1), settings.layers)  # too many show at once
     inputs = read_inputs(tokenizer, tuned, settings, config.longest)
-    paths |= inputs.paths
-    settings = replace(settings, max_tokens=inputs.max_tokens)
-    model = load_model(settings.weights, device, dtype, config).requires_grad_(False)
-    fingerprints = record_args(folder, given, paths, inputs.new_tokens)
-    size = sum(p.numel() for p in model.parameters())
-    say(f"{settings.weights}: {config.family}, {config.layers} layers, {size:,} parameters")
-    say(f"{dtype} on {device}")
-
-    print("\n1. Layers: which change a prompt's representation most?", flush=True)
-    path = folder / "layers.json"
-    selected = analyse_layers(model, tokenizer, inputs.scoring, tuned, settings, path)
-    for pair in tuned:
-        say(f"   {pair}: {', '.join(map(str, selected[pair]))} of 0 to {config.layers - 1}")
-
-    pairs = len(inputs.scoring)
-    print(f"\n2. Neurons: which does one of {pairs} pairs need more than the others?", flush=True)
-    groups = group_neurons(model, tokenizer, inputs.scoring, selected, settings, folder)
-    counts = Counter()
-    for group in groups.values():
-        for units in (group["specific"], group.get("channels", {})):
-            counts.update({pair: len(owned) for pair, owned in units.items()})
-    specific = sum(counts.values())
-    owned = ", ".join(f"{counts[pair]} of {pair}" for pair in tuned)
-    channels = config.kv_heads * config.head_size if settings.units == "all" else 0
-    general = len(groups) * (config.ffn_size + channels) - specific
-    say(f"   {general} general, {specific} specific: {owned}")
-
-    print(f"\n3. Translating the test text of {len(inputs.test)} pairs, before tuning", flush=True)
-    for pair, text in inputs.test.items():
-        for side, name in enumerate(("source", "reference")):
-            lines = [sentences[side] for sentences in text]
-            write(folder / "hypotheses" / f"{pair}.{name}.txt", lines)
-    evaluated = model, tokenizer, inputs.test, inputs.new_tokens
-    evaluate_all(*evaluated, "before", settings, folder)
-
-    kept = ()
-    if settings.keep:
-        rest = inputs.others, settings, inputs.new_tokens, folder / "kept.json"
-        kept = kept_examples(model, tokenizer, *rest)
-    install_routing(model, groups, not settings.no_routing)
-    learners = {pair: what_learns(model, pair) for pair in tuned}
-    trained = sum(p.numel() for p in merged(learners).values())
-    size = sum(p.numel() for p in model.parameters())
-    routers = "" if settings.no_routing else " and routers"
-    print(f"\n4. Training the general neurons and the pair's own{routers}", flush=True)
-    say(f"   {trained:,} of {size:,} parameters, {trained / size:.2%}")
-    tuned_path = folder / "tuned.safetensors"
-    if tuned_path.exists():
-        load_parameters(tuned_path, read_tensors(tuned_path), merged(learners))
-    else:
-        train(model, tokenizer, learners, inputs.train, inputs.valid, settings, folder, kept=kept)
-    (folder / "state.safetensors").unlink(missing_ok=True)
-    show_training(folder / "log.jsonl", settings.max_tokens)
-
-    print("\n5. Translating again", flush=True)
-    results = evaluate_all(*evaluated, "after", settings, folder)
-    with reading(folder / "results.json"):
-        show_table(results, tuned)
-    for name, path in paths.items():
-        if fingerprint(path) != fingerprints[name]:
-            note(f"{path} changed while the run used it: what was found is of neither version")
+    settings.dtype = str(dtype).removeprefix("torch.")
+    settings.max_tokens, settings.new_tokens = inputs.max_tokens, inputs.new_tokens
+    with nullcontext() if process_number() else locked(folder):
+        paths |= inputs.paths
+        args = None if process_number() else checked_record(settings, folder, paths)
+        model = load_model(settings.weights, device, dtype, config).requires_grad_(False)
+        write(folder / "args.json", args)
+        results = tune(model, tokenizer, tuned, inputs, settings, folder)
     print(f"\nIt took {time.monotonic() - started:.0f} s; everything is in {folder}", flush=True)
     return results
 
 
+def tune(model, tokenizer, tuned, inputs, settings, folder):
+    """The steps of a run. Each leaves a file in the folder, and is skipped where that is there."""
+    say = partial(print, flush=True)
+    config, size = model.config, sum(p.numel() for p in model.parameters())
+    say(f"{config.family}, {size:,} parameters, {settings.dtype}, {model.embedding.weight.device}")
+
+    say("\n1. Layers: which change a prompt's representation most?")
+    selected = analyse_layers(model, tokenizer, inputs.scoring, tuned, settings, folder)
+    for pair, layers in selected.items():
+        say(f"   {pair}: {', '.join(map(str, layers))} of 0 to {config.layers - 1}")
+
+    say(f"\n2. Neurons: which does one of {len(inputs.scoring)} pairs need more than the others?")
+    groups = group_neurons(model, tokenizer, inputs.scoring, selected, settings, folder)
+    show_groups(groups, tuned, config)
+
+    say(f"\n3. Translating the test text of {len(inputs.test)} pairs, before tuning")
+    path = folder / "results.json"
+    results = read_json(path) if path.exists() else {}
+    evaluate_all(model, tokenizer, inputs.test, results, "before", settings, folder)
+
+    others = inputs.others if settings.keep else {}
+    kept = kept_examples(model, tokenizer, others, settings, folder)
+    install_routing(model, groups, not settings.no_routing)
+    learners = {pair: what_learns(model, pair) for pair in tuned}
+    trained = sum(p.numel() for p in merged(learners).values())
+    size = sum(p.numel() for p in model.parameters())
+    say(f"\n4. Training {trained:,} of {size:,} parameters, {trained / size:.2%}")
+    path = folder / "tuned.safetensors"
+    if path.exists():
+        load_parameters(read_tensors(path), merged(learners))
+    else:
+        train(model, tokenizer, learners, inputs.train, inputs.valid, settings, folder, kept)
+    if process_number() == 0:
+        (folder / "state.safetensors").unlink(missing_ok=True)
+        show_training(folder / "log.jsonl")
+
+    say("\n5. Translating again")
+    evaluate_all(model, tokenizer, inputs.test, results, "after", settings, folder)
+    results = {pair: results[pair] for pair in inputs.test}
+    show_table(results, tuned)
+    return results
+
+
 # --------------------------------------------------------------------------------------------------
-# translate
-
-
-def read_groups(path, config):
-    """neurons.json of a finished run. InputError where it cannot be of this model."""
-    groups = read_json(path)
-    with reading(path):
-        for layer, group in groups.items():
-            sizes = {"specific": config.ffn_size}
-            if "channels" in group:
-                sizes["channels"] = config.kv_heads * config.head_size
-            for kind, size in sizes.items():
-                units = sum(group[kind].values(), [])  # lists, or a TypeError
-                fit = all(type(unit) is int and 0 <= unit < size for unit in units)
-                if int(layer) not in range(config.layers) or not fit:
-                    expected = f"{config.layers} layers of {size} units"
-                    raise InputError(f"{path}: layer {layer}: does not fit a model of {expected}")
-                if len(set(units)) < len(units):
-                    raise InputError(f"{path}: layer {layer}: a neuron has two owners")
-            for pair, share in group["share"].items():
-                is_owner = all(pair in group[kind] for kind in sizes)
-                if not is_owner or not (share is None or 0 < share < 1):
-                    raise InputError(f"{path}: layer {layer}: share of {pair} is {share}")
-    return groups
-
-
-TAKEN_OVER = "weights", "dtype", "beams", "no_routing", "language"  # where they are not given
-WITH_TUNED = {  # what may be given
-    "export": {"tuned", "export", "weights", "dtype", "device"},
-    "translate": {"tuned", "translate", "weights", "dtype", "device"}
-    | {"pair", "beams", "cache_gb", "language"},
-}
-
-
-def settings_of_run(given):
-    """Settings to translate or export with a finished run: what is given, else what the run had."""
-    folder = Path(given["tuned"])
-    use = "translate" if "translate" in given else "export"
-    for name in given.keys() - WITH_TUNED[use]:
-        raise InputError(f"{flag_of(name)} has no effect with --tuned and {flag_of(use)}")
-    if not (folder / "tuned.safetensors").exists():
-        raise InputError(f"{folder}: not the folder of a finished run, it has no tuned.safetensors")
-    args = read_args(folder)
-    with reading(folder / "args.json"):
-        return Settings(**({name: args[name] for name in TAKEN_OVER} | given))
+# Translate and export
 
 
 def load_tuned(settings):
@@ -1572,46 +1350,38 @@ def load_tuned(settings):
     folder = Path(settings.tuned)
     device, dtype = choose_device(settings)
     config, tokenizer, paths = open_checkpoint(settings.weights)
-    files = read_args(folder)["files"].items()
-    before = {name: found for name, found in files if name.startswith("weights/")}
-    now = {name: fingerprint(path) for name, path in paths.items()}
-    if changed := first_change(before, now, paths):
-        raise InputError(f"{changed}: not the file that {folder} was tuned on")
-    groups = read_groups(folder / "neurons.json", config)
+    before, now = read_json(folder / "args.json"), record(settings, paths)
+    of_weights = {name for name in before["files"] | paths if name.startswith("weights/")}
+    check_same(folder, before, now, of_weights | {"units", "no_routing"})
+    groups = read_json(folder / "neurons.json")
     model = load_model(settings.weights, device, dtype, config)
     install_routing(model, groups, not settings.no_routing)
     pairs = set().union(*(group["share"] for group in groups.values()))
     learners = {pair: what_learns(model, pair) for pair in pairs}
-    tuned_path = folder / "tuned.safetensors"
-    load_parameters(tuned_path, read_tensors(tuned_path), merged(learners))
+    load_parameters(read_tensors(folder / "tuned.safetensors"), merged(learners))
     return model, tokenizer, learners
 
 
 def translate(settings):
     """Translate lines with a finished run, to stdout: one line out for each line in."""
-    if not settings.pair or "," in settings.pair:
-        raise InputError("--translate takes one --pair, source first, as in en-de")
-    split_pair(settings.pair)
-    sources = list(enumerate(read_lines(0 if settings.translate == "-" else settings.translate)))
+    pair = settings.pair
+    if "," in pair:
+        raise InputError(f"--translate takes one --pair; that run tuned {pair}")
+    split_pair(pair)
+    sources = read_lines(0 if settings.translate == "-" else settings.translate)
     model, tokenizer, learners = load_tuned(settings)
-    if settings.pair not in learners:
-        note(f"{settings.pair} was not tuned in {settings.tuned}: general neurons, no routing")
-    limit = read_args(Path(settings.tuned))["new_tokens"].get(settings.pair, NEW_TOKENS)
-    rest = sources, settings, "translating", limit
-    cut = 0
-    for _, line, was_cut in translate_lines(model, tokenizer, settings.pair, *rest):
-        print(line, flush=True)
-        cut += was_cut
+    if pair not in learners:
+        note(f"{pair} was not tuned in {settings.tuned}: general neurons, no routing")
+    limit = settings.new_tokens.get(pair, NEW_TOKENS)
+    lines, cut = translate_text(model, tokenizer, pair, sources, settings, limit)
+    for line in lines:
+        print(line)
     if cut:
-        note(f"{cut} of {len(sources)} ran to their limit, as a loop does")
-
-
-# --------------------------------------------------------------------------------------------------
-# export
+        note(f"{cut} of {len(lines)} ran to their limit, as a loop does")
 
 
 # What of a checkpoint folder goes with the weights: tokenizers and how to generate. No code.
-COMPANIONS = "tokenizer.model", "*token*.json", "generation_config.json"
+COMPANIONS = "tokenizer.model", "*token*.json", "generation_config.json", "chat_template.jinja"
 
 
 def export(settings):
@@ -1620,11 +1390,12 @@ def export(settings):
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder}: not empty")
     model, _, _ = load_tuned(settings)
-    for layer, ffn in routed_layers(model).items():
-        if ffn.share:
-            expected = "no place in a published checkpoint; tune with --no-routing to export"
-            raise InputError(f"{settings.tuned}: its tokens are routed, which has {expected}")
-        model.blocks[layer].ffn = ffn.whole()
+    for block in model.blocks:
+        if isinstance(block.ffn, RoutedFFN):
+            if block.ffn.share:
+                expected = "no place in a published checkpoint; tune with --no-routing to export"
+                raise InputError(f"{settings.tuned}: its tokens are routed, which has {expected}")
+            block.ffn = block.ffn.whole()
     for module in model.modules():
         if isinstance(module, PartlyTrained):
             module.settle()
@@ -1633,65 +1404,47 @@ def export(settings):
         for path in Path(settings.weights).glob(pattern):
             with replacing(folder / path.name) as temporary:
                 shutil.copyfile(path, temporary)
-    say(f"{folder}: {model.config.family} in {model.embedding.weight.dtype}")
+    print(f"{folder}: {model.config.family} in {model.embedding.weight.dtype}")
 
 
 # --------------------------------------------------------------------------------------------------
 # The command line
 
 
+def command(words):
+    """What the words of a command line say."""
+    settings = read_settings(words)
+    folder = Path(settings.tuned or settings.out or f"runs/{settings.pair}")
+    if settings.tuned and not (folder / "tuned.safetensors").exists():
+        raise InputError(f"{folder}: not the folder of a finished run, no tuned.safetensors")
+    if settings.tuned or (settings.resume and (folder / "args.json").exists()):
+        settings = read_settings(words, **read_json(folder / "args.json"))
+    elif settings.resume and settings.out and not settings.weights:
+        raise InputError(f"{folder}: no run to go on with")
+    torch.manual_seed(settings.seed)
+    name_languages(settings.language)
+    if settings.export:
+        return export(settings)
+    if settings.translate:
+        return translate(settings)
+    if settings.weights:
+        with torchrun():
+            return run(settings)
+    if not Path(__file__).with_name("study").exists():
+        raise InputError("--weights names no checkpoint; the demo is study/demo.py of the project")
+    from study import demo
+
+    demo.demo(words)
+
+
 def main(argv=None):
     """The command line. -> exit status: 0 done, 2 bad input or arguments, 130 interrupted"""
-    argv = sys.argv[1:] if argv is None else argv
-
-    def command():
-        with torchrun():
-            given = parse_arguments(argv)
-            settings = Settings(**given)
-            if settings.tuned:
-                settings = settings_of_run(given)
-            torch.manual_seed(settings.seed)
-            name_languages(settings.language)
-            if process_count() > 1 and (settings.tuned or not settings.weights):
-                raise InputError("torchrun is for tuning a checkpoint; run this one without")
-            if settings.tuned:
-                return export(settings) if settings.export else translate(settings)
-            try:
-                if settings.weights:
-                    return run(settings)
-                from study import demo
-
-                demo.demo(given)
-            except KeyboardInterrupt:
-                words = ["lander.py", *argv, "--resume"][: None if not settings.resume else -1]
-                print(f"\nto go on: {shlex.join(words)}", file=sys.stderr)
-                raise
-
-    return exit_status(command)
-
-
-def ignore_signals():
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def end(number, frame):
-    """Ctrl-C, or a cluster's SIGTERM. A second one would interrupt the end of the first."""
-    ignore_signals()
-    raise KeyboardInterrupt
+    try:
+        return exit_status(command, sys.argv[1:] if argv is None else argv)
+    except SystemExit as stop:  # argparse's
+        return stop.code
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, end)
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, end)
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # a stream may be closed: >&-
-    sys.stderr = sys.stderr or open(os.devnull, "w")
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
-    status = main()
-    ignore_signals()
-    if distributed.is_torchelastic_launched():
-        # One such process in thirty aborts in gloo's threads while the interpreter ends.
-        sys.stdout.flush()
-        os._exit(status)
-    sys.exit(status)
+    sys.exit(main())

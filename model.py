@@ -17,20 +17,18 @@ L layers, H heads, H_kv heads of keys and values, d head size.
 import math
 import re
 import sys
-import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from pickle import UnpicklingError  # what torch.load raises; nothing is unpickled here
 from typing import Callable, NamedTuple
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from data import InputError, exit_status, note, open_safetensors, read_json, reading
-from data import write_json, write_tensors
+from data import InputError, exit_status, read_bytes, read_json, reading, write_json, write_tensors
 
 
 @dataclass(frozen=True)
@@ -69,16 +67,9 @@ class Config:
         path = Path(folder) / "config.json"
         if not path.exists():
             raise InputError(f"{path}: {why_no_config(path.parent)}")
-        return cls.from_json(read_json(path), path)
-
-    @classmethod
-    def from_json(cls, published, where="config.json"):
-        """Config from the contents of a config.json; `where` names it in errors."""
-        with reading(where):
-            try:
-                return read_config(published)
-            except InputError as error:
-                raise InputError(f"{where}: {error}") from None
+        published = read_json(path)
+        with reading(path):
+            return read_config(published)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -111,9 +102,7 @@ class Linear(nn.Linear):
     cast = None  # weight and bias in the input's type, while cast_once is open
 
     def reset_parameters(self):
-        """New weights are N(0, 0.02), biases zero; on the meta device there is nothing to fill."""
-        if self.weight.is_meta:
-            return  # normal_ takes its time even there
+        """New weights are N(0, 0.02), biases zero."""
         nn.init.normal_(self.weight, std=0.02)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -442,7 +431,7 @@ class Decoder(nn.Module):
         """Continue prompts: greedy, or beam search by log-probability a token, its end counted.
 
         ids, mask [B, T], padded on either side. A continuation ends at eos_id (an id, or several),
-        with a token that ends its line (line_ends: data.LineEnds), after max_new_tokens (a number,
+        with a token that ends its line (line_ends: data.line_ends), after max_new_tokens (a number,
         or one for each prompt), and where the model's positions end. Only ids below vocab_size are
         emitted: an embedding may have more rows than the tokenizer has tokens.
         -> list of B lists of new ids, eos excluded
@@ -453,109 +442,69 @@ class Decoder(nn.Module):
             return [[] for _ in range(B)]
         if mask is None:
             mask = torch.ones_like(ids, dtype=torch.bool)
-        limits = limits.minimum(self.config.longest - mask.sum(1))
+        lengths = mask.sum(1)
+        limits = limits.minimum(self.config.longest - lengths)
+        # All padding to the left, so that the newest column is every row's last token.
+        columns = mask.long().argsort(dim=1, stable=True)[:, -int(lengths.max()) :]
+        ids, mask = ids.gather(1, columns), mask.gather(1, columns)
+        mask = None if mask.all() else functional.pad(mask, (0, int(limits.max())), value=True)
         eos_ids = [eos_id] if isinstance(eos_id, int) else list(eos_id)
-        order = mask.sum(1).argsort(descending=True, stable=True)  # long prompts first
-        ids, mask, limits = ids[order], mask[order], limits[order]
         head = self.head_weight(vocab_size)
         ends = which_end(eos_ids, line_ends, len(head[0]), ids.device)
         with cast_once(self):
-            cache, logits = read_prompts(self, head, ids, mask, int(limits.max()), beams)
+            cache = Cache(self, B, beams, ids.shape[1] + int(limits.max()), mask)
+            logits = self.next_logits(ids, cache, head)
             if beams == 1:
                 new = greedy_search(self, head, cache, logits, limits, ends)
             else:
                 new = beam_search(self, head, cache, logits, limits, ends, beams)
-        continuations, no_text = [None] * B, {*eos_ids, NO_TOKEN}
-        for b, row, limit in zip(order.tolist(), new.tolist(), limits.tolist()):
-            continuations[b] = [token for token in row[:limit] if token not in no_text]
-        return continuations
+        no_text = {*eos_ids, NO_TOKEN}
+        rows = zip(new.tolist(), limits.tolist())
+        return [[token for token in row[:limit] if token not in no_text] for row, limit in rows]
 
 
 # --------------------------------------------------------------------------------------------------
 # Generation
 #
 # Read the prompt; take the likeliest next token; append it; repeat until end-of-sentence. What
-# follows is these four lines, fast: keys and values of earlier tokens are cached, prompts of like
-# length are read together, finished sentences leave the batch. The tests hold it against the four.
-
-ROOM = 32  # tokens by which a cache grows
+# follows is these four lines, fast: keys and values of earlier tokens are cached, and finished
+# sentences leave the batch. The tests hold it against the four.
 
 
 class Cache:
-    """Keys and values so far, of each layer [2, rows, H_kv, room for T, d]; mask [rows, T] or None.
+    """Keys and values so far of each layer, [2, rows, H_kv, room for T, d]; mask [rows, T] or None.
 
-    Most translations end long before their limit: room for the new tokens is made as they come.
+    rows are one a prompt, and by select() `beams` a prompt.
     """
 
-    def __init__(self, stores, mask, rows):
-        self.stores, self.mask, self.rows = stores, mask, rows
-        self.length = 0
-
-    @classmethod
-    def empty(cls, model, rows, tokens, mask=None):
-        """New memory for that many tokens of that many rows."""
-        shape = 2, rows, model.config.kv_heads, tokens, model.config.head_size
-        stores = [model.embedding.weight.new_empty(shape) for _ in model.blocks]
-        return cls(stores, mask, rows)
-
-    def part(self, first, last, start):
-        """An empty cache over the same memory: rows from first to last, tokens from `start` on."""
-        stores = [store[:, first:last, :, start:] for store in self.stores]
-        mask = None if self.mask is None else self.mask[first:last, start:]
-        return Cache(stores, mask, last - first)
+    def __init__(self, model, prompts, beams, room, mask):
+        shape = 2, prompts * beams, model.config.kv_heads, room, model.config.head_size
+        self.stores = [model.embedding.weight.new_empty(shape) for _ in model.blocks]
+        self.mask, self.rows, self.length = mask, prompts, 0
 
     def append(self, layer, key, value):
         """Store a layer's new keys and values, [rows, H_kv, new, d] each.
 
         -> all of this layer so far, [2, rows, H_kv, length + new, d]
         """
-        end, store = self.length + key.shape[2], self.stores[layer][:, : self.rows]
-        if end > store.shape[3]:
-            self.stores[layer] = functional.pad(store, (0, 0, 0, ROOM))
-            store = self.stores[layer]
-        store[0, :, :, self.length : end] = key
-        store[1, :, :, self.length : end] = value
-        return store[:, :, :, :end]
+        store = self.stores[layer][:, : self.rows, :, : self.length + key.shape[2]]
+        store[0, :, :, self.length :] = key
+        store[1, :, :, self.length :] = value
+        return store
 
-    def select(self, sources, start=0):
-        """Row r becomes what row sources[r] was, from token `start` on; the others are dropped."""
+    def select(self, sources):
+        """Row r becomes what row sources[r] was; the others are dropped. [rows]"""
         self.rows = len(sources)
-        stays = sources == torch.arange(self.rows, device=sources.device)
-        moved = (~stays).nonzero().flatten()
+        moved = (sources != torch.arange(self.rows, device=sources.device)).nonzero().flatten()
         if len(moved):
             for store in self.stores:
-                changing = store[:, :, :, start : self.length]
-                changing[:, moved] = changing[:, sources[moved]]
+                written = store[:, :, :, : self.length]
+                written[:, moved] = written[:, sources[moved]]
         if self.mask is not None:
             self.mask = self.mask[sources]
 
 
-PROMPTS_AT_ONCE = 32
 NO_TOKEN = -1  # in a row of new ids, after its end
-
-
-def read_prompts(model, head, ids, mask, max_new_tokens, beams):
-    """Fill a new cache with prompts, sorted by length, the longest first. ids, mask [B, T]
-
-    -> the cache, of `beams` rows a prompt; logits of the first new token, [B, V]
-    """
-    B, T = len(ids), int(mask[0].sum())
-    # All padding to the left, so that the newest column is every row's last token.
-    real_columns = mask.long().argsort(dim=1, stable=True)[:, -T:]
-    ids, mask = ids.gather(1, real_columns), mask.gather(1, real_columns)
-    real = None if mask.all() else functional.pad(mask, (0, max_new_tokens), value=True)
-    cache = Cache.empty(model, B * beams, T + ROOM, real)
-    logits = []
-    for first in range(0, B, PROMPTS_AT_ONCE):
-        last = min(first + PROMPTS_AT_ONCE, B)
-        start = T - int(mask[first].sum())  # the columns before are padding in all of these rows
-        for store in cache.stores:
-            # Padding is masked, but memory that was never written may be NaN, and 0 * NaN is NaN.
-            store[:, first:last, :, :start] = 0
-        chunk = cache.part(first, last, start)
-        logits.append(model.next_logits(ids[first:last, start:], chunk, head))
-    cache.rows, cache.length = B, T
-    return cache, torch.cat(logits)
 
 
 def survivors(alive):
@@ -571,7 +520,7 @@ def survivors(alive):
 
 def which_end(eos_ids, line_ends, vocab_size, device):
     """Which tokens are visible, [V] bool, and which end a continuation, [2, V] bool: row 0 where
-    its line shows nothing so far, row 1 where it does. line_ends: data.LineEnds or None"""
+    its line shows nothing so far, row 1 where it does. line_ends: of data.line_ends, or None"""
     visible, before, after = line_ends or torch.zeros(3, vocab_size, dtype=torch.bool)
     ending = torch.stack([before, after])
     ending[:, [id for id in eos_ids if id < vocab_size]] = True
@@ -615,7 +564,6 @@ def beam_search(model, head, cache, logits, limits, ends, beams):
     """
     visible, ending = ends
     B, V = logits.shape
-    prompt_length = cache.length
     sentence = torch.arange(B, device=logits.device)  # [S] which ones are live
     tokens = sentence.new_full((B, beams, int(limits.max())), NO_TOKEN)  # [S, beams, limit]
     begun = torch.zeros(B, beams, dtype=torch.bool, device=logits.device)  # [S, beams]
@@ -652,9 +600,7 @@ def beam_search(model, head, cache, logits, limits, ends, beams):
         order = survivors(alive)
         if len(order) == 0:
             break
-        # Where no sentence has left, its beams differ in what was generated alone.
-        start = prompt_length if len(order) == S else 0
-        cache.select((order[:, None] * beams + beam[order]).flatten(), start)
+        cache.select((order[:, None] * beams + beam[order]).flatten())
         sentence, limits, tokens = sentence[order], limits[order], tokens[order]
         begun, total, finished = begun[order], total[order], finished[order]
         logits = model.next_logits(token[order].view(-1, 1), cache, head)
@@ -663,8 +609,7 @@ def beam_search(model, head, cache, logits, limits, ends, beams):
 
 # --------------------------------------------------------------------------------------------------
 # Published checkpoints
-
-
+#
 # A family is a reader of its config.json and a map of names. Config's defaults say what is usual, a
 # reader what differs. Absent keys mean what transformers takes them for.
 
@@ -674,7 +619,7 @@ def read_sizes(published, tied=False):
     hidden_size = published.get("n_embed") or published.get("n_embd") or published["hidden_size"]
     heads = published.get("n_head") or published["num_attention_heads"]
     if published.get("head_dim") is None and hidden_size % heads:
-        raise InputError(f"hidden size {hidden_size} does not divide into {heads} heads")
+        raise ValueError(f"hidden size {hidden_size} does not divide into {heads} heads")
     return dict(
         vocab_size=published["vocab_size"],
         hidden_size=hidden_size,
@@ -699,7 +644,7 @@ def read_gpt2(published):
         max_length=length,
         longest=length,
         positions="learned",
-        norm_eps=published.get("layer_norm_epsilon", 1e-5),
+        norm_eps=float(published.get("layer_norm_epsilon", 1e-5)),
     )
 
 
@@ -709,7 +654,7 @@ def read_bloom(published):
         **BIASED,
         max_length=published.get("seq_length", 2048),
         positions="alibi",
-        norm_eps=published.get("layer_norm_epsilon", 1e-5),
+        norm_eps=float(published.get("layer_norm_epsilon", 1e-5)),
         embedding_norm=True,
         residual_after_norm=published.get("apply_residual_connection_post_layernorm", False),
         query_key_value="interleaved",
@@ -717,18 +662,14 @@ def read_bloom(published):
 
 
 def read_baichuan(published):
-    """Baichuan's config.json. The 13B models, with ALiBi, lack max_position_embeddings; version 2,
-    with its normalized head, was trained with a z_loss_weight. `positions` and `normalize_head` are
-    keys of this project's own small checkpoints."""
+    """Baichuan's config.json. The 13B models, with ALiBi, lack max_position_embeddings; version 2
+    has a normalized head. `positions` and `normalize_head` are keys of our own small checkpoints."""
     length = published.get("max_position_embeddings")
     is_second = "z_loss_weight" in published or published["vocab_size"] == 125696
-    if not published.keys() & {"normalize_head", "z_loss_weight"}:
-        note(f"config.json: taken for Baichuan {1 + is_second} by its vocab_size alone")
-    normalized = published.get("normalize_head", is_second)
     return read_llama(published) | dict(
         max_length=length or published.get("model_max_length", 4096),
         positions=published.get("positions", "rotary" if length else "alibi"),
-        head="normalized" if normalized else "plain",
+        head="normalized" if published.get("normalize_head", is_second) else "plain",
     )
 
 
@@ -737,7 +678,7 @@ def read_llama(published):
     bias = published.get("attention_bias", False)
     return read_sizes(published) | dict(
         max_length=published.get("max_position_embeddings", 2048),
-        norm_eps=published.get("rms_norm_eps", 1e-6),
+        norm_eps=float(published.get("rms_norm_eps", 1e-6)),
         query_key_value_bias=bias,
         output_bias=bias,
         ffn_bias=published.get("mlp_bias", False),
@@ -751,44 +692,28 @@ def read_rotary(published):
     scaling = published.get("rope_scaling") or published.get("rope_parameters") or {}
     base = float(scaling.get("rope_theta", published.get("rope_theta", 10000.0)))
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    factors = {
-        "default": [],
-        "linear": ["factor"],
-        "llama3": ["factor", "low_freq_factor", "high_freq_factor"],
-    }
-    if kind not in list(factors):
-        raise InputError(f"rope_scaling of type {kind!r}, expected {', '.join(factors)}")
-    known = {"rope_theta", "rope_type", "type", "original_max_position_embeddings", *factors[kind]}
-    if scaling.get("partial_rotary_factor") == 1:
-        known.add("partial_rotary_factor")
-    if more := scaling.keys() - known:
-        raise InputError(f"rope_scaling has {', '.join(sorted(more))}, which is not supported")
-    if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
-        raise InputError("rope_scaling: low_freq_factor is not below high_freq_factor")
-    scaling = scaling | {"rope_type": kind}
-    return dict(rotary_base=base, rotary_scaling=None if kind == "default" else scaling)
+    if kind not in ("default", "linear", "llama3"):
+        raise ValueError(f"rope_scaling of type {kind!r}, expected default, linear or llama3")
+    scaling = None if kind == "default" else scaling | {"rope_type": kind}
+    return dict(rotary_base=base, rotary_scaling=scaling)
 
 
 def read_mistral(published):
     """Mistral's config.json. Without num_key_value_heads it has 8, without sliding_window 4096."""
-    fields = read_llama({"num_key_value_heads": 8, "max_position_embeddings": 131072} | published)
+    fields = read_llama({"num_key_value_heads": 8} | published)
     window = published.get("sliding_window", 4096)
     return fields if window is None else fields | {"longest": window}
 
 
-def read_qwen2(published):
-    """Qwen2's config.json. Query, key and value have biases, and no key says so."""
-    fields = read_qwen3({"head_dim": None} | published)
-    biases = dict(query_key_value_bias=True, output_bias=False, ffn_bias=False)
-    return fields | biases | {"query_key_norm": False}
+def read_qwen(published):
+    """The config.json of Qwen2 and Qwen3. A window counts if use_sliding_window says so.
 
-
-def read_qwen3(published):
-    """Qwen3's config.json. A window counts if use_sliding_window says so."""
-    usual = {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768}
-    fields = read_llama(usual | published) | {"query_key_norm": True}
-    if published.get("use_sliding_window", False):
-        fields["longest"] = published.get("sliding_window", 4096)
+    Query, key and value have biases in Qwen2 and norms in Qwen3, and no key says so.
+    """
+    new = "query_key_value_bias" if published["model_type"] == "qwen2" else "query_key_norm"
+    fields = read_llama(published) | {new: True}
+    if published.get("use_sliding_window"):
+        fields["longest"] = published["sliding_window"]
     return fields
 
 
@@ -838,39 +763,6 @@ LLAMA_NAMES = {
 }
 PACKED = {"blocks.{}.attention.query_key_value": "model.layers.{}.self_attn.W_pack"}
 
-# Keys of config.json that change what is computed, and what they may be where they are set.
-SWITCHES = (
-    "apply_residual_connection_post_layernorm attention_bias mlp_bias normalize_head"
-    " tie_word_embeddings use_sliding_window"
-)
-ABSENT = (
-    "add_cross_attention alibi attn_logit_softcapping clip_qkv final_logit_softcapping"
-    " no_rope_layers num_experts num_local_experts parallel_attn qk_layernorm quantization_config"
-    " rope_interleave scale_attn_by_inverse_layer_idx use_bidirectional_attention use_qk_norm"
-    " use_parallel_residual"
-)
-FACTORS = (
-    "attention_multiplier embedding_multiplier logit_scale logits_scaling partial_rotary_factor"
-    " residual_multiplier rotary_pct"
-)
-ALL = (
-    dict.fromkeys(SWITCHES.split(), [False, True])
-    | dict.fromkeys(ABSENT.split(), [None, False])
-    | dict.fromkeys(FACTORS.split(), [None, 1, 1.0])
-    | {"is_causal": [True]}
-)
-SILU = ALL | {"hidden_act": ["silu", "swish"]}
-GELU = ALL | {"hidden_act": ["gelu"], "rope_scaling": [None]}
-BAICHUAN = SILU | {
-    "positions": ["rotary", "alibi"],
-    "rope_scaling": [None],
-    "tie_word_embeddings": [False],
-}
-GPT2 = ALL | {
-    "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
-    "scale_attn_weights": [True],
-}
-
 # Tensors that are no weights: angles, which are computed in fp32, and who may see whom.
 DROPPED = r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq|h\.\d+\.attn\.(masked_)?bias"
 
@@ -880,50 +772,38 @@ class Family(NamedTuple):
 
     read: Callable  # contents of config.json -> fields of Config; a KeyError names a missing key
     names: dict  # our module -> the published one, "{}" for the layer; a tuple: rows concatenated
-    computes: dict  # keys of config.json, and the values of theirs that are computed here
-    prefix: str = "model."  # stands before the published names or not
+    computes: dict  # keys of config.json, and what alone they may say
     transposed: bool = False  # matrices of blocks are stored [in, out]
 
 
-LLAMA = Family(read_llama, LLAMA_NAMES, SILU)
+LLAMA = Family(read_llama, LLAMA_NAMES, {"hidden_act": "silu"})
+GPT2 = {"activation_function": "gelu_new", "scale_attn_by_inverse_layer_idx": False}
 FAMILIES = {
-    "bloom": Family(read_bloom, BLOOM_NAMES, GELU, "transformer."),
-    "baichuan": Family(read_baichuan, LLAMA_NAMES | PACKED, BAICHUAN),
+    "bloom": Family(read_bloom, BLOOM_NAMES, {}),
+    "baichuan": LLAMA._replace(read=read_baichuan, names=LLAMA_NAMES | PACKED),
     "llama": LLAMA,
     "mistral": LLAMA._replace(read=read_mistral),
-    "qwen2": LLAMA._replace(read=read_qwen2),
-    "qwen3": LLAMA._replace(read=read_qwen3),
-    "gpt2": Family(read_gpt2, GPT2_NAMES, GPT2, "transformer.", transposed=True),
+    "qwen2": LLAMA._replace(read=read_qwen),
+    "qwen3": LLAMA._replace(read=read_qwen),
+    "gpt2": Family(read_gpt2, GPT2_NAMES, GPT2, transposed=True),
 }
 
 
 def read_config(published):
-    """The contents of a config.json -> Config. InputError names what would be another function."""
-    name = published.get("model_type")
-    if name not in list(FAMILIES):
-        raise InputError(f"model_type is {name!r}, expected one of {', '.join(FAMILIES)}")
+    """The contents of a config.json -> Config. ValueError names what would be another function."""
+    name = published["model_type"]
+    if name not in FAMILIES:
+        raise ValueError(f"model_type is {name!r}, expected one of {', '.join(FAMILIES)}")
     family = FAMILIES[name]
-    for key, values in family.computes.items():
-        value = published.get(key, values[0])
-        if (type(value), value) not in [(type(v), v) for v in values]:  # for 1 == True
-            raise InputError(f"{key} is {value!r}, expected one of {values}")
-    kinds = published.get("layer_types") or []
-    if {*kinds} - {"full_attention", "sliding_attention"}:
-        raise InputError(f"layer_types has {', '.join(sorted({*kinds}))}")
+    for key, value in {**family.computes, "quantization_config": None}.items():
+        if published.get(key, value) != value:
+            raise ValueError(f"{key} is {published[key]!r}, expected {value!r}")
     config = Config(family=name, published=published, **family.read(published))
     for field in fields(config):
         size = getattr(config, field.name)
-        if field.type is int and (type(size) is not int or not 1 <= size < 2**24):
-            raise InputError(f"{field.name} is {size!r}, expected a positive integer")
-    if config.heads % config.kv_heads:
-        raise InputError(f"{config.heads} heads do not divide into {config.kv_heads} (key, value)")
-    if not 0 < config.norm_eps < 1:
-        raise InputError(f"norm_eps is {config.norm_eps}, expected a small number")
-    if config.positions == "rotary" and config.head_size % 2:
-        raise InputError(f"heads of {config.head_size} numbers, expected an even number")
-    base, scaling = config.rotary_base, config.rotary_scaling
-    if not rotary_frequencies(config, "cpu").log().isfinite().all():  # each a number above 0
-        raise InputError(f"no angles come from rope_theta {base} and rope_scaling {scaling}")
+        if field.type is int and not (isinstance(size, int) and size > 0):
+            raise ValueError(f"{field.name} is {size!r}, expected a positive integer")
+    rotary_frequencies(config, "cpu")  # a KeyError names what scaling lacks
     return config
 
 
@@ -957,8 +837,6 @@ def to_published(config, parameter, value):
 # --------------------------------------------------------------------------------------------------
 # Loading, saving, converting
 
-FLOATS = torch.float16, torch.bfloat16, torch.float32
-
 
 def why_no_config(folder):
     """What a folder without config.json is taken for."""
@@ -979,53 +857,24 @@ def checkpoint_files(folder):
         return [single]
     if index.exists():
         with reading(index):
-            shards = sorted(set(read_json(index)["weight_map"].values()))
-            for shard in shards:
-                if not shard or Path(shard).name != shard:
-                    raise InputError(f"{index}: shard {shard!r} is not a file in its own folder")
-            return [folder / shard for shard in shards]
+            return [folder / shard for shard in sorted({*read_json(index)["weight_map"].values()})]
     if any(folder.glob("pytorch_model*.bin")):
         raise InputError(f"{folder}: only .bin files; run: python model.py convert {folder}")
     raise InputError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
 
 
-# What torch.compile, FSDP and DistributedDataParallel put into a name.
-WRAPPERS = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|module)\.")
+def bare(name):
+    """A tensor's name without what stands in front of it in some files and not in others."""
+    return re.sub(r"^(transformer|model)\.", "", name)
 
 
-def find_tensors(folder, prefix):
-    """All tensors of a checkpoint, memory-mapped, by name without prefix. -> {name: tensor}"""
-    found = {}
-    for path in checkpoint_files(folder):
-        file = open_safetensors(path)
-        for name in file.keys():
-            short = WRAPPERS.sub("", name).removeprefix(prefix)
-            if short in found:
-                short = f"{name} (twice)"  # which is no name of a model's: it is unexpected
-            with reading(path):
-                # An open file keeps all that was read through it: what is large has its own.
-                large = math.prod(file.get_slice(name).get_shape()) > 2**20
-                found[short] = (open_safetensors(path) if large else file).get_tensor(name)
-    return found
-
-
-def check_tensors(folder, found, wanted):
-    """One InputError about every missing, unexpected and misshapen tensor. Both {name: tensor}"""
-    misshapen = []
-    for name in [name for name in wanted if name in found]:
-        tensor, shape = found[name], list(wanted[name].shape)
-        if list(tensor.shape) != shape or tensor.dtype not in FLOATS:
-            misshapen.append(f"{name} {tensor.dtype} {list(tensor.shape)}, expected floats {shape}")
-    problems = {
-        "missing": [name for name in wanted if name not in found],
-        "unexpected": [n for n in found if n not in wanted and not re.fullmatch(DROPPED, n)],
-        "misshapen": misshapen,
-    }
+def check_names(folder, wanted, found):
+    """One InputError about all tensors that are missing, and all that are of no such model."""
     said = []
-    for kind, names in problems.items():
+    for kind, names in (("missing", wanted - found), ("unexpected", found - wanted)):
+        names = sorted(name for name in names if not re.fullmatch(DROPPED, name))
         if names:
-            more = ", ..." if len(names) > 10 else ""
-            said.append(f"{len(names)} {kind}: {', '.join(names[:10])}{more}")
+            said.append(f"{len(names)} {kind}: {', '.join(names[:3])}{', ...' * (len(names) > 3)}")
     if said:
         raise InputError(f"{folder}: tensors do not fit config.json; {'; '.join(said)}")
 
@@ -1035,40 +884,38 @@ def load_model(folder, device="cpu", dtype=None, config=None):
 
     dtype None keeps the checkpoint's; config: its Config, where that was read already. Files are
     memory-mapped and tensors go one by one to `device`; on the CPU, in the checkpoint's own dtype,
-    they are not copied at all. InputError lists every missing, unexpected and misshapen tensor.
+    they are not copied at all. InputError names every missing and unexpected tensor.
     """
     folder = Path(folder)
     config = config or Config.from_folder(folder)
-    prefix = FAMILIES[config.family].prefix
-    found = find_tensors(folder, prefix)
+    found = {}  # name -> tensor
+    for path in checkpoint_files(folder):
+        read_bytes(path, 100)  # names a Git LFS pointer
+        with reading(path):
+            file = safe_open(path, framework="pt")
+            found |= {bare(name): file.get_tensor(name) for name in file.keys()}
     if config.layers > len(found):
         raise InputError(f"{folder}: {config.layers} layers in config.json, {len(found)} tensors")
-    head = found.get("lm_head.weight")
-    if config.head == "tied" and head is not None:
-        (name,) = published_names(config.family, "embedding.weight")
-        embedding = found.setdefault(name.removeprefix(prefix), head)  # a file may have either
-        if head.dtype == embedding.dtype and torch.equal(head, embedding):
-            del found["lm_head.weight"]
-        else:
-            note(f"{folder}: lm_head.weight differs from the embedding it is tied to; it is used")
-            published = config.published | {"tie_word_embeddings": False}
-            config = replace(config, head="plain", published=published)
-    with torch.device("meta"):
+    (embedding,) = map(bare, published_names(config.family, "embedding.weight"))
+    if config.head == "tied" and "lm_head.weight" in found:
+        head = found.pop("lm_head.weight")
+        if not torch.equal(head, found.setdefault(embedding, head)):
+            remedy = "tie_word_embeddings false in config.json uses it"
+            raise InputError(f"{folder}: lm_head.weight is not the embedding; {remedy}")
+    with reading(folder / "config.json"), torch.device("meta"):
         model = Decoder(config)
-    wanted = {}
-    for parameter, value in model.named_parameters():
-        for name, tensor in to_published(config, parameter, value).items():
-            wanted[name.removeprefix(prefix)] = tensor
-    check_tensors(folder, found, wanted)
-    dtype = dtype or found[next(iter(wanted))].dtype  # the embedding's
-    state = {}
+    names = {}
     for parameter, _ in model.named_parameters():
-        pieces = []
-        for name in published_names(config.family, parameter):
-            pieces.append(found.pop(name.removeprefix(prefix)).to(device).to(dtype))
-        value = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        state[parameter] = oriented(config, parameter, value)
-    model.load_state_dict(state, assign=True)
+        names[parameter] = [bare(name) for name in published_names(config.family, parameter)]
+    check_names(folder, set().union(*names.values()), found.keys())
+    dtype = dtype or found[embedding].dtype
+    state = {}
+    with reading(folder):
+        for parameter, pieces in names.items():
+            tensors = [found.pop(name).to(device).to(dtype) for name in pieces]
+            value = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+            state[parameter] = oriented(config, parameter, value)
+        model.load_state_dict(state, assign=True)
     return model
 
 
@@ -1084,65 +931,31 @@ def save_model(model, folder):
     write_tensors(Path(folder) / "model.safetensors", tensors)
 
 
-def read_bin(path):
-    """The tensors of a .bin file, memory-mapped, running no code in it. -> {name: tensor}
-
-    InputError for what is no plain tensor, or takes more memory than the file is long.
-    """
-    with reading(path), zipfile.ZipFile(path) as archive:
-        # torch does not compress. A compressed data.pkl may unpack to a thousand times its size.
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            raise InputError(f"{path}: is compressed, expected what torch.save writes")
-    with reading(path):
-        try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except UnpicklingError:  # torch advises to run it all the same
-            raise InputError(f"{path}: holds objects made by running code; none is run") from None
-        for name, tensor in loaded.items():
-            plain = isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu"
-            plain = plain and tensor.layout == torch.strided and not tensor.is_quantized
-            if not (plain and isinstance(name, str) and name.isprintable()):
-                what = type(tensor).__name__
-                raise InputError(f"{path}: holds {name!r}, a {what}, expected plain tensors")
-        if sum(tensor.nbytes for tensor in loaded.values()) > 2 * path.stat().st_size:
-            raise InputError(f"{path}: holds tensors that are larger than the file")
-    return loaded
-
-
 def convert(folder):
     """Turn pytorch_model*.bin shards into safetensors beside them, running no code in them.
 
-    One at a time, memory-mapped; pytorch_model-00001-of-00002.bin becomes
-    model-00001-of-00002.safetensors, with an index where there are several. Nothing is overwritten.
+    Several get an index. Nothing is overwritten.
     """
-    folder = Path(folder)
-    shards = sorted(folder.glob("pytorch_model*.bin"))
-    if not shards:
-        raise InputError(f"{folder}: no pytorch_model*.bin to convert")
-    for path in folder.glob("model*.safetensors*"):
-        raise InputError(f"{path}: is there already, and converting overwrites nothing")
-    loaded = [read_bin(shard) for shard in shards]  # nothing is written if one is refused
-    weight_map, total_size = {}, 0
-    for shard in shards:
-        target = folder / (shard.stem.removeprefix("pytorch_") + ".safetensors")
-        tensors, seen = loaded.pop(0), set()
-        for name, tensor in tensors.items():
-            # safetensors takes none in the memory of another: a head that is tied to the embedding.
-            tensor = tensor.contiguous()
-            memory = tensor.untyped_storage().data_ptr()
-            tensors[name] = tensor.clone() if memory in seen else tensor
-            seen.add(memory)
+    folder, weight_map = Path(folder), {}
+    if any(folder.glob("model*.safetensors*")):
+        raise InputError(f"{folder}: has safetensors already, and nothing is overwritten")
+    for path in sorted(folder.glob("pytorch_model*.bin")):
+        target = path.with_name(path.stem.removeprefix("pytorch_") + ".safetensors")
+        with reading(path):
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+                raise ValueError(f"holds {', '.join(tensors)[:100]}, expected tensors alone")
+            # Copies: safetensors takes none in the memory of another, as of a tied head.
+            tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
         write_tensors(target, tensors)
         weight_map |= dict.fromkeys(tensors, target.name)
-        total_size += sum(tensor.nbytes for tensor in tensors.values())
-        print(f"{shard.name} -> {target.name}  {len(tensors)} tensors")
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+        print(f"{path.name} -> {target.name}  {len(tensors)} tensors")
+    if len(set(weight_map.values())) > 1:
+        index = {"metadata": {}, "weight_map": weight_map}
         write_json(folder / "model.safetensors.index.json", index)
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 3 or sys.argv[1] != "convert":
         sys.exit("usage: python model.py convert DIR")
-    sys.stdout.reconfigure(errors="backslashreplace")  # a shard's name, where the locale is ASCII
     sys.exit(exit_status(convert, sys.argv[2]))

@@ -1,11 +1,9 @@
-"""Tests on tiny random models, on the CPU, without downloads:  pytest
+"""Tests on tiny random models, on the CPU, without downloads, with requirements.txt alone:  pytest
 
-Each test says which mistake it would catch. Parity with transformers and tokenizers is checked where
-they are installed (study/requirements.txt); a few tests use real checkpoints and text where they lie
-in ../shared, and skip elsewhere.
+Each test says which mistake it would catch. What takes longer, or another library, is in checks/.
 
-In this file: tiny models; the method; runs and the command line; then what they stand on, the decoder,
-generation, checkpoints, tokenizers and text; worked examples; real input.
+In this file: tiny models; the method; a tiny world and runs in it; what a user can get wrong; then
+what they stand on, the decoder, generation, checkpoints, tokenizers, text and files.
 """
 
 import contextlib
@@ -18,21 +16,15 @@ import os
 import random
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
-import tracemalloc
-import zipfile
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest import mock
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in commands
-
 import pytest
+import sacrebleu
 import sentencepiece
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
@@ -41,10 +33,10 @@ import data
 import lander
 import model
 from data import InputError, list_pairs, load_tokenizer, make_batches, read_parallel, render
-from model import Config, Decoder, load_model, save_model
-from study import demo, fuzz
+from lander import read_settings
+from model import Decoder, load_model, save_model
 
-SHARED = Path(__file__).resolve().parent.parent / "shared"
+torch.set_num_threads(1)  # the tensors are small
 
 
 # --------------------------------------------------------------------------------------------------
@@ -101,16 +93,16 @@ TINY_LLAMA_LIKE["llama"]["rope_scaling"] = LLAMA3_SCALING
 def tiny_config(kind, vocabulary=90, layers=2):
     sizes = {"model_type": kind, "vocab_size": vocabulary}
     if kind == "bloom":
-        return Config.from_json(sizes | {"n_embed": 32, "n_layer": layers, "n_head": 4})
+        return model.read_config(sizes | {"n_embed": 32, "n_layer": layers, "n_head": 4})
     if kind == "gpt2":
         sizes |= {"n_embd": 32, "n_layer": layers, "n_head": 4, "n_positions": 64}
-        return Config.from_json(sizes)
+        return model.read_config(sizes)
     if kind in TINY_LLAMA_LIKE:
         sizes["num_hidden_layers"] = layers
-        return Config.from_json(LLAMA_LIKE | sizes | TINY_LLAMA_LIKE[kind])
+        return model.read_config(LLAMA_LIKE | sizes | TINY_LLAMA_LIKE[kind])
     longest = "max_position_embeddings" if kind == "rotary" else "model_max_length"
     more = {longest: 64, "vocab_size": vocabulary, "normalize_head": True}
-    return Config.from_json(BAICHUAN | more)
+    return model.read_config(BAICHUAN | more)
 
 
 def tiny_decoder(kind, seed=0, vocabulary=90, layers=2):
@@ -119,7 +111,6 @@ def tiny_decoder(kind, seed=0, vocabulary=90, layers=2):
 
 
 KINDS = ("bloom", "rotary", "alibi", "llama", "qwen2", "qwen3", "gpt2")
-PUBLISHED_KINDS = [kind for kind in KINDS if kind not in ("rotary", "alibi")]  # Baichuan's
 PAIRS = ["en-de", "fr-en", "en-cs"]
 
 
@@ -223,21 +214,21 @@ def test_layer_selection_by_hand():
     refused(lambda: lander.select_layers(differences, 5), "5 layers")
 
 
-def brute_force_awareness(decoder, examples, layers):
+def brute_force_awareness(decoder, examples, layers, readers):
     """|h * dL/dh| per sentence and token, with every weight taking part in autograd."""
     kept, sums, tokens = {}, 0, 0
 
-    def keep(down, inputs):
+    def keep(module, inputs):
         inputs[0].retain_grad()
-        kept[down] = inputs[0]
+        kept[module] = inputs[0]
 
-    downs = [decoder.blocks[layer].ffn.down for layer in layers]
-    hooks = [down.register_forward_pre_hook(keep) for down in downs]
+    modules = [[decoder.blocks[i].get_submodule(r) for r in readers] for i in layers]
+    hooks = [m.register_forward_pre_hook(keep) for row in modules for m in row]
     for prompt, target in examples:
         logits = decoder(torch.tensor([prompt + target[:-1]]))[0].log_softmax(-1)
         (-logits[range(len(prompt) - 1, len(logits)), target].sum()).backward()
-        effects = torch.stack([(kept[down] * kept[down].grad)[0] for down in downs])  # [K, T, F]
-        sums = sums + effects.abs().sum(1).detach()
+        rows = [torch.cat([(kept[m] * kept[m].grad)[0] for m in row], 1) for row in modules]
+        sums = sums + torch.stack(rows).abs().sum(1).detach()  # of [K, T, F]
         tokens += len(logits)
     for hook in hooks:
         hook.remove()
@@ -266,19 +257,21 @@ def test_a_loss_in_pieces_is_the_loss(monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_awareness_equals_brute_force(kind, frozen):
     """Labels shifted twice, a mean loss, the absolute value of a sum, padding counted; no graph if frozen."""
-    decoder = tiny_decoder(kind)
-    examples = random_examples(9)
+    decoder, readers = tiny_decoder(kind), lander.NEURONS + lander.CHANNELS
+    examples, F = random_examples(9), decoder.config.ffn_size
     for layers in ([0, 1], [1], [1, 0]):
-        expected = brute_force_awareness(decoder.requires_grad_(True), examples, layers)
+        expected = brute_force_awareness(decoder.requires_grad_(True), examples, layers, readers)
         least = 1e-5 * expected.max().item()
         decoder.requires_grad_(not frozen)
         one_by_one, all_at_once = (make_batches(examples, 3, tokens) for tokens in (1, 10**6))
         shuffled = make_batches(examples[::-1], 3, 30, seed=1)
         padded_left = map(left_padded, make_batches(examples, 3, 60))
-        for batches in (one_by_one, shuffled, all_at_once, padded_left):
+        for batches in (one_by_one, shuffled, padded_left):
             scores = lander.neuron_awareness(decoder, batches, layers)
-            assert scores.shape == expected.shape and scores.dtype == torch.float32
-            assert torch.allclose(scores, expected, rtol=1e-3, atol=least)
+            assert scores.shape == expected[:, :F].shape and scores.dtype == torch.float32
+            assert torch.allclose(scores, expected[:, :F], rtol=1e-3, atol=least)
+        scores = lander.neuron_awareness(decoder, all_at_once, layers, readers)
+        assert torch.allclose(scores, expected, rtol=1e-3, atol=least), "channels, in the same pass"
     assert all(parameter.grad is None for parameter in decoder.parameters())
 
 
@@ -501,7 +494,7 @@ def test_only_the_batchs_neurons_move(kind, routing):
         p.register_post_accumulate_grad_hook(lambda p, name=name: with_gradient.add(name))
     for pair in ("en-de", "fr-en"):
         before = copies(decoder)
-        for seed in range(20):
+        for seed in range(5):
             with_gradient.clear()
             step(decoder, pair, batched(random_examples(6, seed=seed), 40), learners, optimizer)
             assert with_gradient == learning_names(decoder, pair) == set(learners[pair])
@@ -599,7 +592,7 @@ def test_examples_over_the_limit_are_left_out_of_their_step(monkeypatch, process
     monkeypatch.setattr(lander.distributed, "all_reduce", lambda tensor: None)
     decoder = tiny_decoder("bloom", vocabulary=128)
     text = {"en-de": [("a" * length, "b") for length in (1, 60, 2, 60)]}
-    settings = lander.Settings(steps=4, batch=1, max_tokens=100)
+    settings = read_settings(steps=4, batch=1, max_tokens=100)
     steps = lander.step_batches(Bytes, text, settings, 0)
     learners = {"en-de": dict(decoder.named_parameters())}
     optimizer = torch.optim.AdamW(decoder.parameters())
@@ -633,7 +626,7 @@ def test_training_recomputes_activations_where_it_is_asked_to(tmp_path, monkeypa
     monkeypatch.setattr(lander, "train_step", noted)
     text = {"en-de": [("0", "1")] * 2}
     learners = {"en-de": lander.what_learns(decoder, "en-de")}
-    settings = lander.Settings(steps=2, batch=1, checkpointing=checkpointing)
+    settings = read_settings(steps=2, batch=1, checkpointing=checkpointing)
     lander.train(decoder, Letters, learners, text, {}, settings, tmp_path)
     assert seen == [checkpointing] * 2 and not decoder.checkpointing
 
@@ -690,12 +683,15 @@ def test_attention_is_a_sum_over_channels(kind):
         last = {H * d - 1, (H + H_kv) * d - 1, (H + 2 * H_kv) * d - 1}
         assert last <= {*rows[-1].tolist()}
     ids, mask = padded_ids(config.vocab_size, "right")
-    mixed = []  # what the output projection reads, before and after a value's row is zero
+    place, mixed = (
+        (0, "attention.output"),
+        [],
+    )  # what the output projection reads, before and after a value's row is zero
     channel = config.head_size if config.kv_heads > 1 else 0
     for _ in range(2):
-        with lander.recording(decoder, [0], "attention.output") as h:
+        with lander.recording(decoder, [place]) as h:
             decoder(ids, mask)
-        mixed.append(h[0].detach())  # [B, T, H * d]
+        mixed.append(h[place].detach())  # [B, T, H * d]
         for p in fused.parameters():
             p.data[rows[channel, -1]] = 0
     changed = (mixed[0] != mixed[1]).any(0).any(0).nonzero().flatten().tolist()
@@ -769,7 +765,8 @@ def drifted(decoder, examples, weight=0.7, micro_tokens=10**6):
     lander.install_routing(decoder, random_groups(decoder, {"en-de": [0, 1]}))
     decoder.requires_grad_(False)
     learners = lander.what_learns(decoder, "en-de")
-    keeper = lander.Keeper(decoder, examples, weight, pad_id=3, micro_tokens=micro_tokens)
+    settings = read_settings(keep=weight, micro_tokens=micro_tokens)
+    keeper = lander.Keeper(decoder, examples, settings, pad_id=3)
     for i, p in enumerate(learners.values()):
         p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
         p.requires_grad_(True)
@@ -824,22 +821,45 @@ def test_a_step_keeps_one_batch_and_the_next_step_the_next():
 
 
 # --------------------------------------------------------------------------------------------------
-# Runs and the command line
+# A tiny world, and runs in it
+
+
+LETTERS = {"en": "bdfg", "de": "hjkm", "fr": "lnpr", "cs": "stvz"}
+
+
+def sentence(code, numbers):
+    """Made up: a word of two letters for each number below 20. "en", [0, 5] -> "ba de." """
+    return " ".join(LETTERS[code][n % 4] + "aeiou"[n // 4] for n in numbers) + "."
+
+
+def train_bpe(path, lines, special=("<unk>", "<s>", "</s>", "<pad>"), size=340):
+    """A tokenizer.json like BLOOM's: byte-level BPE, its special tokens first."""
+    library, level = (
+        tokenizers.Tokenizer(tokenizers.models.BPE()),
+        tokenizers.pre_tokenizers.ByteLevel,
+    )
+    library.pre_tokenizer = level(add_prefix_space=False)
+    library.decoder = tokenizers.decoders.ByteLevel()
+    options = dict(initial_alphabet=level.alphabet(), show_progress=False, vocab_size=size)
+    trainer = tokenizers.trainers.BpeTrainer(special_tokens=list(special), **options)
+    library.train_from_iterator(lines, trainer)
+    path.parent.mkdir(exist_ok=True)
+    library.save(str(path))
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A tiny BLOOM checkpoint with a tokenizer, and multi-way text in the toy languages."""
-    folder = tmp_path_factory.mktemp("world")
-    meanings = demo.toy_meanings(70, seed=0)
-    splits = {"train": meanings[:40], "valid": meanings[40:50], "test": meanings[50:]}
-    demo.write_text(folder / "data", splits)
-    prompts = [data.prompt_text("qaa-qab", sentence) for sentence in demo.toy_text(meanings)["qaa"]]
-    tokenizer = fuzz.tokenizer_json(prompts)
-    decoder = tiny_decoder("bloom", vocabulary=len(tokenizer["model"]["vocab"]) + 20, layers=4)
+    """A tiny BLOOM checkpoint with a tokenizer, and multi-way text in four languages."""
+    folder, rng = tmp_path_factory.mktemp("world"), random.Random(0)
+    meanings = [rng.sample(range(20), 4) for _ in range(70)]
+    for split, part in dict(train=meanings[:40], valid=meanings[40:50], test=meanings[50:]).items():
+        for code in LETTERS:
+            data.write_lines(folder / f"data/{split}.{code}", [sentence(code, m) for m in part])
+    prompts = [data.prompt_text("en-de", sentence("en", meaning)) for meaning in meanings]
+    train_bpe(folder / "weights/tokenizer.json", prompts)
+    decoder = tiny_decoder("bloom", vocabulary=360, layers=4)
     randomize(decoder).final_norm.bias.data.zero_()  # which would make it repeat one token
     save_model(decoder, folder / "weights")
-    (folder / "weights" / "tokenizer.json").write_text(json.dumps(tokenizer))
     return folder
 
 
@@ -851,13 +871,12 @@ def here(tmp_path, monkeypatch):
 
 
 SMALL_RUN = """--layers 2 --lr 1e-2 --batch 8 --score-sentences 10 --eval-sentences 4
-    --max-tokens 120 --score-pairs qaa-qab,qac-qab,qab-qaa --out run"""
-COMMAND = [sys.executable, lander.__file__]
-TRANSLATE = "--tuned run --pair qaa-qab --translate".split()
+    --max-tokens 120 --score-pairs en-de,fr-de,de-en --out run"""
+TRANSLATE = "--tuned run --translate".split()
 EXPORT = "--tuned run --export exported".split()
 
 
-def arguments(world, words="", pair="qaa-qab"):
+def arguments(world, words="", pair="en-de"):
     """A small run on the world, and more words, which count where they repeat others."""
     places = f"--pair {pair} --weights {world}/weights --data {world}/data"
     return f"{places} {SMALL_RUN} {words}".split()
@@ -873,7 +892,7 @@ def ends_in(capsys, status, words):
 def error_of(capsys, words):
     """The one line of error in which a command must end, with status 2."""
     lines = ends_in(capsys, 2, words).err.splitlines()
-    assert [line for line in lines if line.startswith(("error: ", "process "))] == lines[-1:]
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
     return lines[-1]
 
 
@@ -886,23 +905,6 @@ def log_of(folder):
     return [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
 
 
-def change(path, edit):
-    """A file's text, its value or its tensors through a function, which deletes it with None."""
-    if path.suffix == ".safetensors":
-        save_file(edit(load_file(path)), path, metadata={"format": "pt"})
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(edit(json.loads(path.read_text()) if path.exists() else {})))
-    elif (text := edit(path.read_text())) is None:
-        path.unlink()
-    else:
-        path.write_text(text)
-
-
-with_e = lambda text: text.replace("a", "e")
-negated = lambda tensors: {name: -tensor for name, tensor in tensors.items()}
-no_numbers = lambda tensors: {name: tensor * math.nan for name, tensor in tensors.items()}
-
-
 def noted(name, **more):
     """While open, a function of lander notes its calls, as a mock."""
     return mock.patch.object(lander, name, wraps=getattr(lander, name), **more)
@@ -910,99 +912,103 @@ def noted(name, **more):
 
 @pytest.fixture(scope="session")
 def finished(world, tmp_path_factory):
-    """A run of all pairs with all flags that change the work, on five lines of text, one with an empty side."""
+    """A run of two pairs with all flags that change the work, on five lines of text, one with an empty side."""
     folder = tmp_path_factory.mktemp("fünf")
     shutil.copytree(world / "data", folder / "data")
     for path in (folder / "data").glob("test.*"):
         lines = path.read_text().split("\n")[:5]
-        if path.suffix == ".qab":
-            lines[1] = ""
-        path.write_text("\n".join(lines))
-    words = f"""--weights weights --data {folder}/data --out {folder}/run --steps 13 --seed 3
-        --score-pairs all --eval-pairs all --eval-sentences 0 --beams 2 --micro-tokens 300
-        --checkpointing --max-tokens 0 --epsilon 0.5 --device cpu --dtype bfloat16"""
+        path.write_text("\n".join([lines[0], "" if path.suffix == ".de" else lines[1], *lines[2:]]))
+    words = f"""--weights weights --data {folder}/data --out {folder}/run --steps 5 --seed 3
+        --score-pairs all --eval-pairs en-de,fr-de,cs-en --eval-sentences 0 --beams 2
+        --micro-tokens 300 --checkpointing --max-tokens 0 --epsilon 0.5 --dtype bfloat16"""
     umask = os.umask(0o027)
     with contextlib.chdir(world), open(folder / "output", "w", encoding="utf-8") as output:
         with contextlib.redirect_stdout(output), noted("Progress") as progress:
-            assert lander.main(arguments(world, words, pair="all")) == 0
+            assert lander.main(arguments(world, words, pair="en-de, fr-de".replace(" ", ""))) == 0
     os.umask(umask)
     (folder / "labels").write_text("\n".join(call.args[0] for call in progress.call_args_list))
     return folder / "run"
 
 
 def test_what_a_run_shows_and_leaves(finished):
-    """Minutes of silence; lines of 250 columns; results shown twice; files that nobody else may read."""
+    """Minutes of silence; results shown twice; files that nobody else may read; a setting not recorded."""
     labels = (finished.parent / "labels").read_text().splitlines()
     for what in ("layers for", "scoring", "translating", "validation loss of", "training"):
         assert any(label.startswith(what) for label in labels), what
     lines = (finished.parent / "output").read_text("utf-8").splitlines()
-    assert max(map(len, lines)) <= 80 and len(lines) < 60
+    assert max(map(len, lines)) <= 100 and len(lines) < 40
     shown = [line for line in lines if line.startswith(("pair ", "mean")) or line.endswith("tuned")]
-    assert len([line for line in shown if line.endswith("  tuned")]) == 12 and len(shown) == 14
-    (losses,) = [line for line in lines if "loss of a validation token" in line]
-    assert " to " in losses
-    pairs = list_pairs(finished.parent / "data", "test")
+    assert len([line for line in shown if line.endswith("  tuned")]) == 2 and len(shown) == 5
+    assert (
+        len([line for line in lines if "loss of a validation token" in line and " to " in line])
+        == 2
+    )
+    owned = [
+        re.search(r"layer \d: (\d+) general neurons, (\d+) specific: ", line) for line in lines
+    ]
+    assert {sum(map(int, found.groups())) for found in owned if found} == {128}
     expected = {"args.json", "layers.json", "awareness.safetensors", "neurons.json", "lock"}
     expected |= {"tuned.safetensors", "log.jsonl", "results.json"}
     for name in ("before", "after", "source", "reference"):
-        expected |= {f"hypotheses/{pair}.{name}.txt" for pair in pairs}
+        expected |= {f"hypotheses/{pair}.{name}.txt" for pair in ("en-de", "fr-de", "cs-en")}
     assert contents(finished).keys() == expected
     assert {(finished / name).stat().st_mode & 0o777 for name in expected} == {0o640}
     log = log_of(finished)
-    assert [entry["step"] for entry in log] == [*range(14), 13]
-    assert [entry["pair"] for entry in log[1:-1]] == [*pairs, pairs[0]]
+    assert [entry["step"] for entry in log] == [*range(6), 5]
+    assert [entry["pair"] for entry in log[1:-1]] == ["en-de", "fr-de"] * 2 + ["en-de"]
     assert all(entry["loss"] > 0 for entry in log[1:-1]), "of no limit all examples are left out"
-    assert set(log[0]["valid_loss"]) == set(pairs)
+    assert set(log[0]["valid_loss"]) == {"en-de", "fr-de"}
     args = json.loads((finished / "args.json").read_text())
-    assert (args["beams"], args["device"], args["dtype"]) == (2, "cpu", "bfloat16")
+    assert (args["beams"], args["dtype"], args["seed"]) == (2, "bfloat16", 3)
+    assert args["files"].keys() >= {"data/train.en", "data/test.cs", "weights/model.safetensors"}
 
 
 def test_the_files_of_a_run_can_be_evaluated_alone(finished):
     """Hypotheses out of order, escaped, or not line by line beside sources and references."""
     results = json.loads((finished / "results.json").read_text())
-    assert list(results) == list_pairs(finished.parent / "data", "test")
-    results, files = results["qaa-qab"], {}
-    for name in ("source", "reference", "before", "after"):
-        files[name] = finished / f"hypotheses/qaa-qab.{name}.txt"
-        assert len(files[name].read_text().split("\n")) == 5
-    for name, code in (("source", "qaa"), ("reference", "qab")):
+    assert list(results) == ["en-de", "fr-de", "cs-en"]
+    read = lambda name: (finished / f"hypotheses/en-de.{name}.txt").read_text().split("\n")[:-1]
+    for name, code in (("source", "en"), ("reference", "de")):
         first, second, third, *_ = (finished.parent / f"data/test.{code}").read_text().split("\n")
-        assert files[name].read_text().split("\n")[:2] == [first, third]
+        assert read(name)[:2] == [first, third] and len(read(name)) == 4
     assert second == "", "of the pair that is left out"
-    assert set(results) == {"before", "after"}
-    for when in ("before", "after"):
-        command = [sys.executable, "-m", "sacrebleu", files["reference"], "-i", files[when]]
-        command += "-m bleu chrf -w 10 -l qaa-qab".split()
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        bleu, chrf = json.loads(done.stdout)
-        assert round(results[when]["bleu"], 10) == bleu["score"]
-        assert round(results[when]["chrf"], 10) == chrf["score"]
-        assert results[when]["bleu_signature"] == bleu["signature"] and results[when]["cut"] >= 0
+    assert set(results["en-de"]) == {"before", "after"}
+    for when, scores in results["en-de"].items():
+        bleu = sacrebleu.corpus_bleu(read(when), [read("reference")])
+        chrf = sacrebleu.corpus_chrf(read(when), [read("reference")])
+        assert (scores["bleu"], scores["chrf"]) == (bleu.score, chrf.score)
+        assert "tok:13a" in scores["bleu_signature"] and scores["cut"] >= 0
+        assert scores["sentences"] == 4
 
 
-def test_using_a_finished_run(finished, here, capsys):
-    """A line lost or out of order, the frozen model, other beams or types than the run had; routers lost in export."""
+def test_translating_with_a_finished_run(finished, here, capsys, monkeypatch):
+    """A line lost or out of order, the frozen model, other beams or types than the run had."""
     shutil.copytree(finished, "run")
-    names = [f"run/hypotheses/qaa-qab.{name}.txt" for name in ("source", "before", "after")]
+    names = [f"run/hypotheses/en-de.{name}.txt" for name in ("source", "before", "after")]
     lines, before, after = (Path(name).read_text().splitlines() for name in names)
     Path("input").write_text(f"{lines[0]}\n\n{lines[1]}\n{lines[2]}\n \n{lines[3]}")
-    captured = ends_in(capsys, 0, [*TRANSLATE, "input"])
+    assert "one --pair; that run tuned en-de,fr-de" in error_of(capsys, [*TRANSLATE, "input"])
+    captured = ends_in(capsys, 0, [*TRANSLATE, "input", "--pair", "en-de"])
     expected = [after[0], "", after[1], after[2], "", after[3], ""]
     assert captured.out.split("\n") == expected and "not tuned" not in captured.err
     assert after != before
-    environment = os.environ | {"PYTHONIOENCODING": "ascii"}  # output is UTF-8 whatever the locale
     Path("headed").write_text("header\n" + Path("input").read_text())
-    with open("headed", "rb", buffering=0) as source, open("output", "wb") as output:
+    with open("headed", "rb", buffering=0) as source:
         source.readline()  # as a script may do
-        command = [*COMMAND, *TRANSLATE, "-"]
-        subprocess.run(command, stdin=source, stdout=output, env=environment, check=True)
-    piped = Path("output").read_text(encoding="utf-8")
-    assert piped.split("\n") == expected and not piped.isascii()
-    captured = ends_in(capsys, 0, [*TRANSLATE, "input", "--pair", "en-de"])
-    assert len(captured.out.split("\n")) == 7 and "en-de was not tuned" in captured.err
-    settings = lander.settings_of_run({"tuned": "run", "export": "exported"})
+        monkeypatch.setattr(
+            data,
+            "open",
+            lambda path, mode: open(path or os.dup(source.fileno()), mode),
+            raising=False,
+        )
+        assert ends_in(capsys, 0, [*TRANSLATE, "-", "--pair", "en-de"]).out == captured.out
+    captured = ends_in(capsys, 0, [*TRANSLATE, "input", "--pair", "de-en"])
+    assert len(captured.out.split("\n")) == 7 and "de-en was not tuned" in captured.err
+    settings = read_settings(EXPORT, **json.loads(Path("run/args.json").read_text()))
     assert (settings.beams, settings.dtype, settings.no_routing) == (2, "bfloat16", False)
     assert "its tokens are routed" in error_of(capsys, EXPORT) and not Path("exported").exists()
+    for words in ("--no-routing", "--units all"):
+        assert "was made with" in error_of(capsys, [*EXPORT, *words.split()])
 
 
 def full_disk(source, target):
@@ -1010,50 +1016,45 @@ def full_disk(source, target):
     raise OSError(28, "No space left on device")
 
 
-FAMILIES = [("bloom", "bloom"), ("rotary", "baichuan"), ("llama", "llama"), ("qwen2", "Qwen2")]
+BOTH_FILES = ["config.json", "model.safetensors"]
+names_in = lambda folder: sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize("kind, family", FAMILIES)
-def test_a_run_on_any_family_and_its_export(world, tokenizer_folders, here, capsys, kind, family):
-    """A step that knows only BLOOM; neurons in other places; weights rounded, or a sister's, under the trained."""
-    save_model(tiny_decoder(kind, vocabulary=520, layers=4).bfloat16(), here / "weights")
-    files = {"tokenizer_config": {"tokenizer_class": "LlamaTokenizer"}} if kind == "llama" else {}
-    with_files(tokenizer_folders[family], here / "weights", **files)
-    words = "--weights weights --max-tokens 400 --steps 4 --no-routing --eval-pairs qaa-qab,qab-qaa"
+@pytest.mark.parametrize("kind", ["bloom", "llama"])
+def test_a_run_and_its_export(world, here, capsys, kind):
+    """Neurons in other places; weights rounded, or a sister's, under the trained ones; a file left behind."""
+    save_model(tiny_decoder(kind, vocabulary=360, layers=4).bfloat16(), here / "weights")
+    shutil.copy(world / "weights/tokenizer.json", "weights")
+    Path("weights/tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    Path("weights/chat_template.jinja").write_text("{{ messages }}")
+    words = "--weights weights --steps 4 --no-routing --eval-pairs en-de,de-en"
     lines = ends_in(capsys, 0, arguments(world, words)).out.splitlines()
     assert [line[:6] for line in lines if line.startswith("mean")] == ["mean, "] * 2
     log, trained = log_of("run"), load_file("run/tuned.safetensors")
-    assert log[-1]["valid_loss"]["qaa-qab"] < log[0]["valid_loss"]["qaa-qab"]
-    assert any("bias" in name for name in trained) == (kind in ("bloom", "llama"))
+    assert log[-1]["valid_loss"]["en-de"] < log[0]["valid_loss"]["en-de"]
+    assert any("bias" in name for name in trained)
     assert lander.main(EXPORT) == 0
     exported, base = load_model("exported"), load_model("weights", dtype=torch.float32)
     layers = {name.split(".")[1] for name in trained}
     expected = {f"blocks.{i}.ffn.{name}" for i in layers for name in model.NEURON_DIMENSION}
     expected &= dict(base.named_parameters()).keys()
     assert moved_since(copies(base), exported) == expected
-    tuned, tokenizer, _ = lander.load_tuned(lander.settings_of_run({"tuned": "run", "export": "x"}))
+    settings = read_settings(EXPORT, **json.loads(Path("run/args.json").read_text()))
+    tuned, tokenizer, _ = lander.load_tuned(settings)
     ids = random_ids((2, 9), tokenizer.vocab_size)
     assert_close(exported(ids), tuned(ids))
     assert not torch.allclose(exported(ids), base(ids), atol=1e-3)
-    for path in Path("weights").glob("token*.[jm]*"):
-        assert Path("exported", path.name).read_bytes() == path.read_bytes()
-    assert load_tokenizer("exported").prompt_prefix == [1] * (kind == "llama")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert Path("exported", name).read_bytes() == Path("weights", name).read_bytes()
     assert "exported: not empty" in error_of(capsys, EXPORT)
     with mock.patch.object(shutil, "copyfile", full_disk):
         assert "No space left" in error_of(capsys, [*EXPORT, "--export", "broken"])
     assert names_in(Path("broken")) == BOTH_FILES
-    if kind == "llama":
-        Path("weights/tokenizer_config.json").rename("kept")
-        assert "tokenizer_config.json: not the file" in error_of(capsys, [*TRANSLATE, "/dev/null"])
-        Path("kept").rename("weights/tokenizer_config.json")
-    change(Path("weights/model.safetensors"), negated)
+    stored = load_file("weights/model.safetensors")
+    save_file({name: -tensor for name, tensor in stored.items()}, "weights/model.safetensors")
     for words in ([*TRANSLATE, "/dev/null"], [*EXPORT, "--export", "another"]):
-        assert "weights/model.safetensors: not the file that run was" in error_of(capsys, words)
+        assert "run: was made with weights/model.safetensors" in error_of(capsys, words)
     assert not Path("another").exists()
-    if kind != "rotary":
-        transformers = pytest.importorskip("transformers")
-        theirs = transformers.AutoModelForCausalLM.from_pretrained("exported").eval()
-        assert_close(exported(ids), theirs(ids).logits)
 
 
 def test_training_lowers_the_loss_with_routing_without_and_with_empty_groups(world, here):
@@ -1063,50 +1064,72 @@ def test_training_lowers_the_loss_with_routing_without_and_with_empty_groups(wor
     for words, routed_layers in (*rows, ("--epsilon 1", 0)):
         assert lander.main(arguments(world, f"{words} --out run{len(finals)}")) == 0
         log, tensors = log_of(f"run{len(finals)}"), load_file(f"run{len(finals)}/tuned.safetensors")
-        assert log[-1]["valid_loss"]["qaa-qab"] < log[0]["valid_loss"]["qaa-qab"] - 0.3
+        assert log[-1]["valid_loss"]["en-de"] < log[0]["valid_loss"]["en-de"] - 0.3
         assert all(tensor.isfinite().all() for tensor in tensors.values())
         routers = [tensor for name, tensor in tensors.items() if ".router." in name]
         assert len(routers) == routed_layers
         assert all(router.abs().sum() > 0 for router in routers)
-        finals.append(log[-1]["valid_loss"]["qaa-qab"])
+        finals.append(log[-1]["valid_loss"]["en-de"])
     assert len(set(finals)) == 4
 
 
 def test_bleu_tokenizer_follows_the_target():
-    """13a on Chinese or Japanese counts whole sentences as words."""
-    names = {"en-zh": "zh", "en-ja": "ja-mecab", "en-ko": "ko-mecab", "zh-en": "13a"}
+    """13a on Chinese, Japanese or another language without spaces counts whole sentences as words."""
+    without_spaces = ["今天天气很好，我们去公园吧。"]
+    names = {
+        "en-zh": "zh",
+        "en-ja": "ja-mecab",
+        "en-ko": "ko-mecab",
+        "zh-en": "13a",
+        "en-th": "char",
+    }
     for pair, name in names.items():
-        metric = lander.make_metrics(pair)["bleu"]
+        metric = lander.make_metrics(pair, ["a b"])["bleu"]
         metric.corpus_score(["这 is a 本"], [["这 is a 书"]])
         assert f"tok:{name}" in str(metric.get_signature())
+    for references, name in ((without_spaces, "char"), ([*without_spaces, "so a word"], "13a")):
+        assert data.bleu_tokenizer("wuu", references) == name
+    assert data.bleu_tokenizer("zho_Hant", without_spaces) == "zh"
 
 
 def test_scoring_takes_a_sample_of_the_seed(world):
     """The first sentences of a sorted corpus are its shortest, or all of one document."""
     tokenizer, scored = load_tokenizer(world / "weights"), []
-    settings = lander.Settings(pair="qaa-qab", data=f"{world}/data", score_sentences=10)
+    settings = read_settings(pair="en-de", data=f"{world}/data", score_sentences=10)
     for settings.seed in (0, 0, 1):
-        inputs = lander.read_inputs(tokenizer, ["qaa-qab"], settings)
-        scored.append(inputs.scoring["qaa-qab"])
-    begin = [render(tokenizer, "qaa-qab", *pair) for pair in inputs.train["qaa-qab"][:10]]
+        inputs = lander.read_inputs(tokenizer, ["en-de"], settings)
+        scored.append(inputs.scoring["en-de"])
+    begin = [render(tokenizer, "en-de", *pair) for pair in inputs.train["en-de"][:10]]
     assert scored[0] == scored[1] != scored[2] and begin not in scored
 
 
 def test_a_language_can_be_named(world, here, capsys, monkeypatch):
     """A file to edit for each language that the table has not; a name that is lost on the way."""
+    monkeypatch.setattr(data, "LANGUAGES", dict(data.LANGUAGES))
     shutil.copytree(world / "data", "data")
-    for path in Path("data").glob("*.qab"):
+    for path in Path("data").glob("*.de"):
         path.rename(path.with_suffix(".xx"))
-    words = arguments(world, "--data data --score-pairs qaa-xx,xx-qaa --steps 1", pair="qaa-xx")
-    assert "no language 'xx'; add --language" in error_of(capsys, words)
+    words = arguments(world, "--data data --score-pairs en-xx,xx-en --steps 1", pair="en-xx")
+    assert "no language 'xx'; add --language xx=NAME" in error_of(capsys, words)
     prompts, prompt_text = [], data.prompt_text
     noted = lambda *rest: prompts.append(prompt_text(*rest)) or prompts[-1]
     monkeypatch.setattr(data, "prompt_text", noted)
-    monkeypatch.setattr(data, "LANGUAGES", dict(data.LANGUAGES))
-    assert lander.main([*words, "--language", "xx=Xish"]) == 0
-    assert prompts[0].startswith("Translate this from Avari to Xish:")
-    monkeypatch.setattr(data, "LANGUAGES", {"qaa": "Avari"})
-    assert lander.main([*TRANSLATE, "/dev/null", "--pair", "qaa-xx"]) == 0
+    assert lander.main([*words, "--language", "xx=Xish,yy=Other Name"]) == 0
+    assert {prompt.split(":")[0] for prompt in prompts} == {
+        "Translate this from English to Xish",
+        "Translate this from Xish to English",
+    }
+    prompts.clear()
+    Path("input").write_text("ba de.\n")
+    assert lander.main([*TRANSLATE, "input"]) == 0 and "to Xish" in prompts[0], "as the run had it"
+
+
+def write(folder, **files):
+    """train_en__de_tsv="..." -> train.en-de.tsv"""
+    folder.mkdir(exist_ok=True)
+    for name, content in files.items():
+        path = folder / name.replace("__", "-").replace("_", ".")
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 def test_limits_grow_with_what_a_script_takes(here, capsys):
@@ -1115,14 +1138,16 @@ def test_limits_grow_with_what_a_script_takes(here, capsys):
     write(here, train_en=short, train_de=short, train_fr=long * 19 + longest)
     write(here, test_en=short, test_de=short, test_fr=long * 20)
     prompt = len(data.prompt_text("en-fr", "ab cd ef"))
-    settings = lander.Settings(data=".", pair="en-de", score_pairs="en-de,de-en")
+    settings = read_settings(data=".", pair="en-de", score_pairs="en-de,de-en")
     inputs = lander.read_inputs(Bytes, ["en-de"], settings)
     assert inputs.max_tokens == 4 * (prompt + 10) and inputs.new_tokens == {"en-de": 3, "de-en": 3}
     settings.pair = settings.score_pairs = "en-de,en-fr"
     inputs = lander.read_inputs(Bytes, ["en-de", "en-fr"], settings)
     assert inputs.new_tokens == {"en-de": 3, "en-fr": math.ceil(3 * (8 * 99 + 2) / prompt)}
     assert inputs.max_tokens == 4 * (prompt + 8 * 99 + 2) and len(inputs.scoring["en-fr"]) == 19
-    assert f"skipped 1 of 20 examples, over {inputs.max_tokens} tokens" in capsys.readouterr().err
+    assert (
+        f"1 of 20 examples are left out, over {inputs.max_tokens} tokens" in capsys.readouterr().err
+    )
     read = partial(lander.read_inputs, Bytes, ["en-de", "en-fr"], settings)
     refused(lambda: read(longest=prompt + 5), f"longer than --max-tokens {prompt + 6}")
     settings.max_tokens = 100
@@ -1155,20 +1180,15 @@ def half_done(world, tmp_path_factory):
     return out
 
 
-INTERRUPTS = [
-    *[("activation_means", 1), ("neuron_awareness", 2), ("categorize", 1)],
-    *[("translate_lines", 1), ("validation_loss", 1), ("train_step", 1), ("train_step", 4)],
-    *[("save_state", 2), ("validation_loss", 2), ("translate_lines", 2), ("write", 4)],
-]
+PLACES = [("neuron_awareness", 2), ("translate_text", 1), ("train_step", 4), ("write", 4)]
 
 
-@pytest.mark.parametrize("name, count", INTERRUPTS)
-def test_a_resumed_run_ends_in_the_same_bytes(world, whole, here, capsys, name, count):
+@pytest.mark.parametrize("name, count", PLACES)
+def test_a_resumed_run_ends_in_the_same_bytes(world, whole, here, name, count):
     """Batches drawn anew, moments lost, a log line twice, a half-written file taken for a whole one."""
     interrupt(arguments(world), name, count)
-    assert "--resume" in capsys.readouterr().err
     assert not list(Path().rglob("*.half-written"))
-    assert lander.main(arguments(world, "--resume")) == 0
+    assert lander.main("--out run --resume".split()) == 0, "its own record says the rest"
     assert contents("run") == contents(whole)
 
 
@@ -1178,42 +1198,55 @@ def test_what_came_after_the_last_save_is_trained_again(world, whole, here):
     interrupt(words, "save_state", 1, save_every=10**6)  # at the last step: none is saved
     interrupt(words, count=4)
     with open("run/log.jsonl", "a") as log:
-        log.write('{"step": 4, "pair": "qaa-qab"}\n{"step":')
+        log.write('{"step": 4, "pair": "en-de"}\n{"step":')
     for _ in range(2):
         assert lander.main(words) == 0
         assert contents("run") == contents(whole)
 
 
-def test_a_run_goes_on_where_its_files_have_moved(world, whole, half_done, here):
-    """Another spelling, another folder, the same fingerprints; half-written files of 6 GB that stay for ever."""
-    shutil.copytree(world / "data", "text")
+def test_a_run_goes_on_elsewhere_with_less_memory(world, whole, half_done, here):
+    """Text, weights and run in other folders; the advice after running out of memory, refused."""
+    shutil.copytree(world, "elsewhere")
     shutil.copytree(half_done, "moved")
-    for name in ("state.safetensors.half-written", "hypotheses/x.txt.half-written", "mine.tmp"):
-        Path("moved", name).write_text("half")
-    words = f"--data {here}/../{here.name}/text/ --out moved --resume"
-    assert lander.main(arguments(world, words)) == 0
-    found, expected = contents("moved"), contents(whole)
-    assert found.pop("mine.tmp") == b"half", "which is not ours to delete"
-    assert found.pop("args.json") != expected.pop("args.json")
-    assert found == expected
+    words = "--weights elsewhere/weights --data elsewhere/data --out moved --resume"
+    memory = "--micro-tokens 200 --cache-gb 0.001 --checkpointing --device cpu"
+    assert lander.main(f"{words} {memory}".split()) == 0
+    found, expected = load_file("moved/tuned.safetensors"), load_file(whole / "tuned.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.allclose(found[name], expected[name], atol=1e-4) for name in found)
+    for name in ("results.json", "neurons.json"):
+        assert Path("moved", name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_more_pairs_and_sentences_on_a_finished_run(world, whole, here, capsys):
+    """Results of other sentences under one name; a pair that is scored after tuning alone."""
+    more = "--eval-pairs en-de,fr-cs,de-en --eval-sentences 5"
+    assert lander.main(arguments(world, f"{more} --out alone")) == 0
+    shutil.copytree(whole, "run")
+    tuned = Path("run/tuned.safetensors").read_bytes()
+    assert lander.main(f"--out run --resume {more}".split()) == 0
+    assert Path("run/tuned.safetensors").read_bytes() == tuned
+    assert contents("run") == contents("alone")
+    table = ends_in(capsys, 0, "--out run --resume --eval-pairs en-de".split()).out
+    assert "mean, tuned" in table and "fr-cs" not in table
+    assert json.loads(Path("run/results.json").read_text()).keys() == {"en-de", "fr-cs", "de-en"}
 
 
 def test_a_run_of_all_units_that_keeps_others(world, here, capsys):
     """Channels lost on resuming or exporting; a start that is where the state was saved."""
-    words = "--units all --keep 0.5 --no-routing --score-pairs qaa-qab,qac-qab --max-tokens 0"
+    words = "--units all --keep 0.5 --no-routing --score-pairs en-de,fr-de --max-tokens 0"
     assert lander.main(arguments(world, f"{words} --out alone")) == 0
-    assert "kept: KL" in capsys.readouterr().out
-    assert json.loads(Path("alone/log.jsonl").read_text().splitlines()[2])["kept"] > 0
-    assert json.loads(Path("alone/neurons.json").read_text()).popitem()[1]["channels"]["qaa-qab"]
-    assert json.loads(Path("alone/kept.json").read_text()).keys() == {"qac-qab"}
-    for name, count in (("neuron_awareness", 3), ("train_step", 4), ("translate_lines", 3)):
-        interrupt(arguments(world, words), name, count)
-        assert lander.main(arguments(world, f"{words} --resume")) == 0
-        assert contents("run") == contents("alone")
-        shutil.rmtree("run")
-    assert lander.main("--tuned alone --export exported".split()) == 0
-    given = {"tuned": "alone", "export": "x"}
-    tuned, _, _ = lander.load_tuned(lander.settings_of_run(given))
+    shown = capsys.readouterr().out
+    assert "kept: KL" in shown and "general channels" in shown
+    assert log_of("alone")[2]["kept"] > 0
+    assert json.loads(Path("alone/neurons.json").read_text()).popitem()[1]["channels"]["en-de"]
+    assert json.loads(Path("alone/kept.json").read_text()).keys() == {"fr-de"}
+    interrupt(arguments(world, words), "train_step", 4)
+    assert lander.main(arguments(world, f"{words} --resume")) == 0
+    assert contents("run") == contents("alone")
+    assert lander.main(EXPORT) == 0
+    settings = read_settings(EXPORT, **json.loads(Path("run/args.json").read_text()))
+    tuned, _, _ = lander.load_tuned(settings)
     ids = random_ids((2, 9), 90)
     assert_close(load_model("exported")(ids), tuned(ids))
     assert not torch.equal(tuned(ids), load_model(world / "weights")(ids))
@@ -1235,191 +1268,110 @@ def test_a_slow_save_makes_saves_rare(world, here, monkeypatch):
     assert len(saves) == 3 and saves[0] < 40 and saves[1] - saves[0] >= 200, saves
 
 
-def started(words):
-    """The command in a process of its own, with pipes, where Ctrl-C works: a shell's background jobs ignore it."""
-    ctrl_c_works = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*COMMAND, *words], preexec_fn=ctrl_c_works, **pipes)
+OTHER_TEXT = lambda text: text.replace("a", "e")
+SISTER = lambda tensors: {name: -tensor for name, tensor in tensors.items()}  # of the same size
+# Words, and a file and its change; what is named.
+NOT_THE_SAME = [
+    *[
+        (f"--{name} {value}", None, None, name.replace("-", "_"))
+        for name, value in [
+            ("pair", "fr-de"),
+            ("layers", 1),
+            ("epsilon", 0.8),
+            ("lr", 0.1),
+            ("steps", 9),
+            ("batch", 4),
+            ("max-tokens", 99),
+            ("score-pairs", "all"),
+            ("score-sentences", 9),
+            ("beams", 2),
+            ("dtype", "bfloat16"),
+            ("language", "xx=Xish"),
+            ("units", "all"),
+            ("seed", 1),
+            ("keep", 1),
+        ]
+    ],
+    ("--no-routing", None, None, "no_routing False, now True"),
+    ("", "data/test.de", OTHER_TEXT, "data/test.de"),
+    ("", "data/train.en", OTHER_TEXT, "data/train.en"),
+    ("", "data/valid.de", lambda text: text[:-1], "data/valid.de"),
+    ("", "data/valid.de", None, "data/valid.de"),
+    ("", "weights/model.safetensors", SISTER, "weights/model.safetensors"),
+    ("", "weights/tokenizer_config.json", lambda _: '{"eos_token": "</s>"}', "tokenizer_config"),
+]
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_run_that_no_other_may_join(world, here, capsys, sent):
-    """A signal that waits for the end of the epoch, or ends in a traceback; two processes that mix their files."""
-    words = arguments(world, "--steps 100000")
-    process = started(words)
-    try:
-        process.stdout.readline()
-        for more in ([], ["--resume"]):
-            error = error_of(capsys, [*words, *more])
-            assert f"run: in use by process {process.pid} on " in error
-        assert any("Training" in line for line in process.stdout)  # reads no further than that
-        time.sleep(1)
-        start = time.monotonic()
-        for _ in range(3):  # as impatient people press it
-            process.send_signal(sent)
-            time.sleep(0.02)
-        _, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 130, err
-    assert time.monotonic() - start < 5  # shared machines are slow at times
-    assert "Traceback" not in err and "--steps 100000 --resume" in err
-
-
-@pytest.mark.parametrize("delay", [0.2, 0.5, 1])
-def test_ctrl_c_while_torch_is_imported_shows_no_traceback(delay):
-    """44 lines of it, for whoever notices a typo at once."""
-    process = started([])
-    time.sleep(delay)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode in (-signal.SIGINT, 130) and "Traceback" not in err
-
-
-@pytest.mark.parametrize("closed", [">&-", "2>&-"])
-def test_a_closed_stream_is_no_traceback(closed):
-    """AttributeError: NoneType has no attribute reconfigure; status 1, and nothing said."""
-    command = f"exec {sys.executable} {lander.__file__} --pair en-de --weights nowhere {closed}"
-    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-
-
-SAME_ON_RESUME = {"weights", "data", "out", "device", "resume", "translate", "tuned", "export"}
-OTHER_SETTINGS = {str: "qac-qab", bool: True, int: 3, float: 0.25}  # that are no setting's default
-OTHER_SETTINGS |= {"units": "all", "dtype": "bfloat16", "language": "xx=Xish"}
-OTHER_SETTINGS |= dict.fromkeys(["score_pairs", "eval_pairs"], "qaa-qab,qab-qaa")
-
-
-def test_resuming_with_any_other_setting_is_refused(world, half_done, here, capsys, monkeypatch):
-    """Half a run with one seed and half with another; a device or type that is not what it was."""
+@pytest.mark.parametrize("words, path, edit, culprit", NOT_THE_SAME)
+def test_resuming_with_another_setting_or_file_is_refused(
+    world, half_done, here, capsys, monkeypatch, words, path, edit, culprit
+):
+    """Half a run with one seed and half with another; old hypotheses scored against new references."""
     monkeypatch.setattr(data, "LANGUAGES", dict(data.LANGUAGES))
     shutil.copytree(half_done, "run")
-    before, resume = contents("run"), arguments(world, "--resume")
-    for setting in fields(lander.Settings):
-        if setting.name not in SAME_ON_RESUME:
-            flag = lander.flag_of(setting.name)
-            value = OTHER_SETTINGS.get(setting.name) or OTHER_SETTINGS[setting.type]
-            words = [flag] if value is True else [flag, str(value)]
-            assert f"now {flag} {value}" in error_of(capsys, [*resume, *words])
-    other_type = torch.device("cpu"), torch.bfloat16
-    with mock.patch.object(lander, "choose_device", return_value=other_type):
-        assert "now --dtype bfloat16" in error_of(capsys, resume)
-    with mock.patch.object(torch, "__version__", "9.9"):
-        assert "now --torch 9.9" in error_of(capsys, resume)
-    assert "holds a run already" in error_of(capsys, arguments(world))
+    before = contents("run")
+    if path:
+        place = path.split("/")[0]
+        shutil.copytree(world / place, place)
+        words = f"--{place} {place}"
+        if edit is None:
+            Path(path).unlink()
+        elif path.endswith(".safetensors"):
+            save_file(edit(load_file(path)), path, metadata={"format": "pt"})
+        else:
+            Path(path).write_text(edit(Path(path).read_text() if Path(path).exists() else ""))
+    line = error_of(capsys, ["--out", "run", "--resume", *words.split()])
+    assert "run: was made with " in line and culprit in line
     assert contents("run") == before
 
 
-def test_a_file_that_changes_under_a_run_is_named(world, here, capsys, monkeypatch):
-    """Results of neither the old text nor the new."""
-    shutil.copytree(world / "data", "data")
-    changes = lambda *rest: change(Path("data/train.qaa"), with_e)
-    monkeypatch.setattr(lander, "show_table", changes)  # which comes last
-    captured = ends_in(capsys, 0, arguments(world, "--data data --steps 1"))
-    assert "data/train.qaa changed while the run used it" in captured.err
+def test_one_run_at_a_time_in_a_folder(world, whole, here, capsys):
+    """Two processes that mix their files; a run that begins over another; results of a run that is gone."""
+    with data.locked(Path("run")):
+        assert "run: in use by another process" in error_of(capsys, arguments(world))
+    shutil.copytree(whole, "run", dirs_exist_ok=True)
+    before = contents("run")
+    assert "run: holds a run already; --resume" in error_of(capsys, arguments(world))
+    assert contents("run") == before
+    assert "nowhere: no run to go on with" in error_of(capsys, "--out nowhere --resume".split())
 
 
-# Several processes, another device
+@pytest.mark.parametrize("found", ["the loss is nan", "its gradient inf"])
+def test_a_loss_that_is_no_number_stops_the_run(world, here, monkeypatch, capsys, found):
+    """NaN weights saved over the last good state; a step by a gradient that overflows, with a finite loss."""
+    monkeypatch.setattr(lander, "SAVE_EVERY", 0)
+    train_step, seen = lander.train_step, []
 
-IMPORTABLE = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent)}
+    def poisoned(decoder, batches, optimizer, learners, keep):
+        seen.append(list(learners))
+        if len(seen) == 3 and "loss" in found:
+            decoder.blocks[3].ffn_norm.weight.data.fill_(math.nan)
+        elif len(seen) == 3:
+            seen[0][0].register_hook(lambda gradient: gradient.fill_(math.inf))
+        return train_step(decoder, batches, optimizer, seen[-1])
 
-
-def torchrun(processes, words, program=lander.__file__):
-    """Run lander.py, or another program, in several processes. -> exit status"""
-    command = f"-m torch.distributed.run --standalone --nproc-per-node {processes} {program}"
-    return subprocess.run([sys.executable, *command.split(), *words], env=IMPORTABLE).returncode
-
-
-def assert_same_result(folder, other):
-    """What runs on different numbers of processes have in common."""
-    ours, theirs = contents(folder), contents(other)
-    for name in ours.keys() - {"args.json", "lock", "log.jsonl", "tuned.safetensors"}:
-        assert ours[name] == theirs[name], name
-    one, two = (load_file(run / "tuned.safetensors") for run in (folder, other))
-    assert one.keys() == two.keys()
-    for name in one:
-        assert (one[name] - two[name]).norm() <= 1e-5 * one[name].norm(), name
-    for entry, same in zip(log_of(folder), log_of(other), strict=True):
-        for key in entry.keys() & {"loss", "valid_loss"}:
-            assert entry[key] == pytest.approx(same[key], rel=1e-5)
+    monkeypatch.setattr(lander, "train_step", poisoned)
+    line = error_of(capsys, arguments(world))
+    assert "step 3" in line and found in line and "a lower --lr and another --out" in line
+    state = load_file("run/state.safetensors")
+    assert state["step"] in (1, 2) and all(tensor.isfinite().all() for tensor in state.values())
+    assert not Path("run/tuned.safetensors").exists()
 
 
-@pytest.mark.parametrize(
-    "processes, options",
-    [(2, "--keep 0.5 --max-tokens 0"), (2, "--units all --no-routing"), (3, "--batch 2")],
-)
-def test_the_number_of_processes_does_not_matter(world, here, capfd, processes, options):
-    """A mean of means; a share counted twice; a process without a sentence that moves other neurons."""
-    words = arguments(world, f"{options} --steps 6", pair="qaa-qab,qac-qab")
-    assert lander.main([*words, "--out", "alone"]) == 0
-    alone = capfd.readouterr().out
-    assert torchrun(processes, words) == 0
-    assert_same_result(here / "alone", here / "run")
-    shown = [text.split("It took")[0] for text in (alone, capfd.readouterr().out)]
-    assert shown[0] == shown[1], "one process alone prints"
+@pytest.mark.parametrize("scores", [0.0, math.nan])
+def test_scores_that_say_nothing_are_an_error(world, here, monkeypatch, capsys, scores):
+    """A pair whose scores in a layer are all zero becomes NaN, and owns every specific neuron."""
+    awareness, last = lander.neuron_awareness, torch.tensor([1])
+    spoiled = lambda *rest: awareness(*rest).index_fill(0, last, scores)
+    monkeypatch.setattr(lander, "neuron_awareness", spoiled)
+    line = error_of(capsys, arguments(world))
+    assert "awareness for en-de in layer" in line and "not all numbers, or all zero" in line
 
 
-DIES = """
-import os, signal, sys
-import lander
-
-if os.environ["RANK"] == "1":
-    lander.train_step = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
-signal.signal(signal.SIGTERM, signal.default_int_handler)
-sys.exit(lander.main())
-"""
-
-
-def test_a_process_that_dies_ends_all_and_another_number_goes_on(world, here, capfd):
-    """The others waiting for it for half an hour; a state that belongs to a number of processes."""
-    words = arguments(world, "--steps 6", pair="qaa-qab,qac-qab")
-    assert lander.main([*words, "--out", "alone"]) == 0
-    interrupt(words)
-    capfd.readouterr()
-    # SIGKILL to the second of two, in the middle of its first step.
-    Path("dies.py").write_text(DIES)
-    began = time.monotonic()
-    assert torchrun(2, [*words, "--resume"], "dies.py") != 0
-    assert time.monotonic() - began < 60
-    failed = [line for line in capfd.readouterr().err.splitlines() if " failed (exitcode: " in line]
-    assert len(failed) == 1 and "-9" in failed[0] and "local_rank: 1" in failed[0]
-    assert torchrun(3, [*words, "--resume"]) == 0
-    assert_same_result(here / "alone", here / "run")
-    assert torchrun(2, words) != 0
-    assert capfd.readouterr().err.count("error: run: holds a run already") == 1
-
-
-ON_PRETEND = """
-import sys
-from study import pretend
-
-library = pretend.register()
-import pytest, torch
-import lander
-from test_lander import TRANSLATE, interrupt
-
-words = sys.argv[1:]
-with pretend.OnPretend():
-    with pytest.raises(RuntimeError, match="is on the CPU"):
-        torch.ones(2, device="pretend") + torch.ones(2)
-    interrupt(words, count=3)
-    assert lander.main([*words, "--resume"]) == 0
-    assert lander.main([*TRANSLATE, "input", *words[:2]]) == 0
-"""
-
-
-@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 1e-2)])
-def test_a_device_that_is_not_the_cpu(world, here, dtype, tolerance):
-    """A tensor left on the CPU: the first user with CUDA would be the one to find it."""
-    more = f"--dtype {dtype} --beams 2 --steps 4 --eval-sentences 2"
-    words = arguments(world, more, pair="qaa-qab,qac-qab")
-    Path("input").write_text("\n".join((world / "data" / "test.qaa").read_text().split("\n")[:2]))
-    command = [sys.executable, "-c", ON_PRETEND, "--device", "pretend", *words]
-    done = subprocess.run(command, env=IMPORTABLE, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert lander.main([*words, "--device", "cpu", "--out", "here"]) == 0
-    there, losses = ([e["loss"] for e in log_of(out) if "loss" in e] for out in ("run", "here"))
-    assert there == pytest.approx(losses, rel=tolerance) and len(losses) == 4
+def test_the_demo_is_named_where_it_is_not(here, capsys, monkeypatch):
+    """A traceback, ModuleNotFoundError: study, where the six files lie alone."""
+    monkeypatch.setattr(lander, "__file__", str(here / "lander.py"))
+    assert "study/demo.py" in error_of(capsys, [])
 
 
 # Translations
@@ -1435,11 +1387,9 @@ class Bytes:
 
 
 def translations(decoder, sources, new_tokens=3, **decoding):
-    """What translate_lines makes of sources, with an all-byte tokenizer. -> lines, how many were cut"""
-    rest = list(enumerate(sources)), lander.Settings(**decoding), "", new_tokens
-    found = list(lander.translate_lines(decoder, Bytes, "en-de", *rest))
-    assert [number for number, _, _ in found] == list(range(len(sources)))
-    return [line for _, line, _ in found], sum(cut for _, _, cut in found)
+    """What translate_text makes of sources, with an all-byte tokenizer. -> lines, how many were cut"""
+    settings = read_settings(**decoding)
+    return lander.translate_text(decoder, Bytes, "en-de", sources, settings, new_tokens)
 
 
 @pytest.mark.parametrize("beams", [1, 2])
@@ -1450,15 +1400,14 @@ def test_translations_do_not_depend_on_their_neighbours(beams, monkeypatch, caps
     expected, cut = translations(decoder, sources, beams=beams)
     assert cut > 0 and expected[1] == expected[4] == expected[6] == ""
     assert max(map(len, expected)) > 64 and min(map(len, (expected[0], expected[5]))) > 0
+    assert "made for 2048; left empty: bbb" in capsys.readouterr().err
     for cache_gb in (0, 3e-4, 1):
         assert translations(decoder, sources, cache_gb=cache_gb, beams=beams) == (expected, cut)
-    for limit in ("ROWS_AT_ONCE", "LINES_AT_A_TIME"):
-        monkeypatch.setattr(lander, limit, 3)
-        assert translations(decoder, sources, beams=beams) == (expected, cut)
-        assert "line 7" in capsys.readouterr().err
-    text, settings = [(source, "x") for source in sources], lander.Settings(beams=beams)
+    monkeypatch.setattr(lander, "ROWS_AT_ONCE", 3)
+    assert translations(decoder, sources, beams=beams) == (expected, cut)
+    text, settings = [(source, "x y") for source in sources], read_settings(beams=beams)
     hypotheses, scores = lander.evaluate(decoder, Bytes, "en-de", text, settings)
-    assert hypotheses == expected and scores["cut"] == cut
+    assert hypotheses == expected and scores["cut"] == cut and scores["sentences"] == 7
     alone = [translations(decoder, [source], beams=beams) for source in sources]
     assert [lines[0] for lines, _ in alone] == expected and sum(cut for _, cut in alone) == cut
 
@@ -1468,7 +1417,7 @@ def test_limits_and_groups_by_hand(monkeypatch):
     decoder, asked = tiny_decoder("bloom", vocabulary=128), []
 
     def loops(ids, mask, limits, eos_id, beams, **options):
-        asked.append((len(ids), limits))
+        asked.append((len(ids), list(limits)))
         return [[65] * (limit - ends) for limit in limits]
 
     ends = 0  # so many tokens before the limit
@@ -1494,367 +1443,200 @@ def test_limits_and_groups_by_hand(monkeypatch):
         assert [size for size, _ in asked] == sizes
 
 
-# What a user can get wrong
+# --------------------------------------------------------------------------------------------------
+# What a user can get wrong: each ends in status 2 and one line, which names it
 
 
-@pytest.mark.parametrize("found", ["the loss is nan", "its gradient inf"])
-def test_a_loss_that_is_no_number_stops_the_run(world, here, monkeypatch, capsys, found):
-    """NaN weights saved over the last good state; a step by a gradient that overflows, with a finite loss."""
-    monkeypatch.setattr(lander, "SAVE_EVERY", 0)
-    train_step, seen = lander.train_step, []
-
-    def poisoned(decoder, batches, optimizer, learners, keep):
-        seen.append(list(learners))
-        if len(seen) == 3 and "loss" in found:
-            decoder.blocks[3].ffn_norm.weight.data.fill_(math.nan)
-        elif len(seen) == 3:
-            seen[0][0].register_hook(lambda gradient: gradient.fill_(math.inf))
-        return train_step(decoder, batches, optimizer, seen[-1])
-
-    monkeypatch.setattr(lander, "train_step", poisoned)
-    line = error_of(capsys, arguments(world))
-    assert "step 3" in line and "state.safetensors" in line and found in line
-    assert "a lower --lr and another --out" in line, "--resume refuses another --lr"
-    state = load_file("run/state.safetensors")
-    assert state["step"] in (1, 2)
-    assert all(tensor.isfinite().all() for tensor in (*state.values(), *seen[0]))
-    assert not Path("run/tuned.safetensors").exists()
+BLOOM_CONFIG = dict(model_type="bloom", vocab_size=90, n_embed=32, n_layer=2, n_head=4)
+GPT2_CONFIG = dict(model_type="gpt2", vocab_size=90, n_embd=32, n_layer=2, n_head=4)
+LLAMA_CONFIG = LLAMA_LIKE | {"model_type": "llama"}
+INDEX = "weights/model.safetensors.index.json"
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+ADAPTER = '{"base_model_name_or_path": "haoranxu/ALMA-7B-Pretrain"}'
+ITEM = '[{"translation": {"en": "a", "de": 7}}]'
 
 
-@pytest.mark.parametrize("scores, culprit", [(0.0, "all zero"), (math.nan, "not all numbers")])
-def test_scores_that_say_nothing_are_an_error(world, here, monkeypatch, capsys, scores, culprit):
-    """A pair whose scores in a layer are all zero becomes NaN, and owns every specific neuron."""
-    awareness, last = lander.neuron_awareness, torch.tensor([1])
-    spoiled = lambda *rest: awareness(*rest).index_fill(0, last, scores)
-    monkeypatch.setattr(lander, "neuron_awareness", spoiled)
-    line = error_of(capsys, arguments(world))
-    assert "awareness for qaa-qab in layer" in line and culprit in line
+def without(*names, **more):
+    return lambda tensors: {n: t for n, t in tensors.items() if n not in names} | more
 
 
-def with_neurons(groups, neurons):
-    """Other neurons of the first pair in the first layer."""
-    specific = next(iter(groups.values()))["specific"]
-    specific[next(iter(specific))] = neurons
-    return groups
+def with_config(kind, **changes):
+    """That model's config.json, changed, in the place of the world's: its tensors are not reached."""
+    return {"weights/config.json": json.dumps(kind | {"vocab_size": 360} | changes)}
 
 
-def with_channels_of(groups, channels):
-    """Channels of the first pair in all layers; of no pair for None."""
-    owned = {"qaa-qab": channels} if channels is not None else {}
-    return {layer: group | {"channels": owned} for layer, group in groups.items()}
+def text(**files):
+    """train__x="..." is the contents of data/train.en-de.x, without any other train text."""
+    named = {f"data/{n.replace('__', '.en-de.').replace('_', '.')}": t for n, t in files.items()}
+    return dict.fromkeys([f"data/train.{code}" for code in LETTERS]) | named
 
 
-def with_a_rare_token(tokenizer):
-    tokenizer["model"]["vocab"]["never"] = 5000
-    return tokenizer
-
-
-# What differs: the file, the change, and what the error says besides the file's name.
-BAD_ON_RESUME = {
-    "references": ("data/test.qab", with_e, "has changed"),
-    "training sources": ("data/train.qaa", with_e, "has changed"),
-    "a line less": ("data/valid.qab", lambda text: text[:-1], "has changed"),
-    "a file less": ("data/valid.qaa", lambda text: None, "has changed"),
-    "a sister's weights": ("weights/model.safetensors", negated, "has changed"),  # of the same size
-    "the beginning of prompts": ("weights/tokenizer_config.json", dict, "has changed"),
-    "more tokens than embeddings": ("weights/tokenizer.json", with_a_rare_token, "has 5001 tokens"),
-    "no such pair": ("run/results.json", lambda r: {"x": r["qaa-qab"]}, "results.json: "),
-    "no such time": ("run/results.json", lambda r: {"qaa-qab": {"x": 1}}, "results.json: "),
-}
-BAD_WHEN_FINISHED = {
-    "another version": ("run/args.json", lambda args: args | {"magic": 1}, "magic"),
-    "a setting less": ("run/args.json", lambda args: {"pair": "x"}, "weights"),
-    "a setting of another kind": ("run/args.json", lambda args: args | {"beams": "2"}, "beams"),
-    "folders": ("run/args.json", lambda args: args | {"weights": ["a"]}, "weights"),
-    "a limit": ("run/args.json", lambda args: args | {"new_tokens": {"qaa-qab": []}}, ""),
-    "a list": ("run/neurons.json", lambda groups: [groups], ""),
-    "no such neuron": ("run/neurons.json", lambda g: with_neurons(g, [9999]), "does not fit"),
-    "no such channel": ("run/neurons.json", lambda g: with_channels_of(g, [9999]), "does not fit"),
-    "a truth": ("run/neurons.json", lambda g: with_channels_of(g, [True]), "does not fit"),
-    "channels of another pair": (
-        "run/neurons.json",
-        lambda g: with_channels_of(g, None),
-        "share of",
+# More words; files with other contents (None: none; a function: of its tensors); what is said.
+MISTAKES = [
+    ("--pair en-xx", {}, ["no language 'xx'; add --language"]),
+    *[
+        (f"--pair {pair}", {}, [repr(pair), "as in en-de"])
+        for pair in ("ende", "en-en", "en-eng_Latn")
+    ],
+    ("--pair ru-de", {}, ["data: no train text for ru-de", "pairs found: cs-de, cs-en"]),
+    ("--eval-pairs de-ru", {}, ["no test text for de-ru"]),
+    ("--pair=", {}, ["--pair and --data are needed"]),
+    ("--data=", {}, ["--pair and --data are needed"]),
+    ("--data nowhere", {}, ["nowhere"]),
+    ("--weights nowhere", {}, ["nowhere/config.json: cannot be read, there is none"]),
+    ("--weights big/bloom", {}, ["hf download big/bloom --local-dir bloom"]),
+    ("--score-pairs en-de", {}, ["one pair only", "--score-pairs"]),
+    ("--pair en-de,de-en --score-pairs en-de --keep 1", {}, ["--keep"]),
+    ("--max-tokens 9", {}, ["10 of 10 examples are longer than --max-tokens 9"]),
+    ("--layers 4", {}, ["4 layers to select, but only 3"]),
+    ("--layers 0", {}, ["--layers is 0, expected 1 or more"]),
+    ("--epsilon 1.5", {}, ["--epsilon is at most 1"]),
+    ("--lr -1", {}, ["--lr is -1.0, expected 0 or more"]),
+    ("--lr 0", {}, ["--lr above 0"]),
+    ("--lr nan", {}, ["--lr is nan"]),
+    ("--lr fast", {}, ["'fast'"]),
+    ("--fast", {}, ["--fast"]),
+    ("--step 3", {}, ["--step"]),
+    ("--units some", {}, ["'some'"]),
+    ("--dtype int4", {}, ["'int4'"]),
+    ("--device abacus", {}, ["--device abacus"]),
+    ("--device meta", {}, ["--device meta"]),
+    ("--translate -", {}, ["--tuned"]),
+    ("--export x", {}, ["--tuned"]),
+    ("--tuned nowhere", {}, ["--translate or --export"]),
+    ("--tuned nowhere --translate - --export x", {}, ["--translate or --export"]),
+    ("--tuned nowhere --translate -", {}, ["nowhere: not the folder of a finished run"]),
+    ("--out file/run", {"file": ""}, ["file"]),
+    # Text
+    ("", {"data/train.de": "a\n"}, ["train.en has 40 lines but", "train.de has 1"]),
+    ("", {"data/train.en": b"a\n\xff"}, ["train.en: line 2 is not UTF-8"]),
+    ("", {"data/train.en": LFS}, ["train.en: a Git LFS pointer; git lfs pull"]),
+    ("", {"data/test.de": None}, ["no test text for en-de; there is one side, but no test.de"]),
+    ("", text(train__tsv="a\tb\tc\n"), ["train.en-de.tsv: line 1 has 3 tab-separated columns"]),
+    ("", text(train__tsv="a\tb\nc\n"), ["train.en-de.tsv: line 2 has 1 tab-separated columns"]),
+    ("", text(train__json="[{}]"), ["train.en-de.json: item 1", "KeyError"]),
+    ("", text(train__json=ITEM), ["train.en-de.json: item 1", "TypeError"]),
+    ("", text(train__json="[{]"), ["train.en-de.json: cannot be read (JSONDecodeError"]),
+    ("", text(train__jsonl=ITEM[1:-1].replace("7", '"A"') + "\n{\n"), ["jsonl: line 2"]),
+    ("", text(train__json=ITEM.replace("7", '"\\ud800"')), ["item 1", "surrogates"]),
+    ("", text(train__tsv=""), ["the train text of en-de is empty"]),
+    # Checkpoints
+    (
+        "",
+        {"weights/config.json": None, "weights/adapter_config.json": ADAPTER},
+        ["ALMA-7B-P", "merge"],
     ),
-    "a neuron of text": ("run/neurons.json", lambda g: with_neurons(g, ["1"]), ""),
-    "no list": ("run/neurons.json", lambda g: with_neurons(g, ""), ""),
-    "a neuron twice": ("run/neurons.json", lambda g: with_neurons(g, [1, 1]), "two owners"),
-    "no such layer": ("run/neurons.json", lambda g: {"77": g.popitem()[1]}, "layer 77"),
-    "a tensor less": ("run/tuned.safetensors", lambda t: t.popitem() and t, "does not fit"),
-    "no tensors": ("run/tuned.safetensors", lambda t: {}, "does not fit"),
-    "no numbers": ("run/tuned.safetensors", no_numbers, "not all numbers"),
-}
-
-
-@pytest.mark.parametrize("case", [*BAD_ON_RESUME, *BAD_WHEN_FINISHED])
-def test_a_file_that_does_not_fit_is_named(world, half_done, whole, here, capsys, case):
-    """Old hypotheses scored against new references; another model; a traceback, even at the very end."""
-    path, edit, culprit = (BAD_ON_RESUME | BAD_WHEN_FINISHED)[case]
-    resumed, words = half_done, arguments(world, "--resume")
-    if case in BAD_WHEN_FINISHED:
-        resumed, words = whole, [*TRANSLATE, "/dev/null"]
-    shutil.copytree(resumed, "run")
-    place, _, name = path.partition("/")
-    if place != "run":
-        shutil.copytree(world / place, place)
-        words += [f"--{place}", place]
-    change(Path(path), edit)
-    before = contents("run")
-    error = error_of(capsys, words)
-    assert name in error and culprit in error
-    assert contents("run") == before
-
-
-BAD_COMMANDS = [
-    ("--pair qaa-xx", "'xx'"),
-    ("--pair=", "expected two language codes"),
-    ("--pair qaa-qab,qaa-qab", "twice"),
-    ("--pair en-de", "no train text for en-de"),
-    ("--data nowhere", "nowhere"),
-    ("--data=", "--data"),
-    ("--data empty", "the train text of qaa-qab is empty"),
-    ("--weights nowhere", "nowhere"),
-    ("--score-pairs qaa-qab", "one pair only"),
-    ("--pair qaa-qab,qab-qaa --score-pairs qaa-qab --keep 1", "--keep"),
-    ("--max-tokens 9", "longer than --max-tokens 9"),
-    ("--layers 4", "4 layers to select, but only 3"),
-    ("--layers 0", "--layers is 0"),
-    ("--epsilon 1.5", "--epsilon is 1.5"),
-    ("--lr -1", "--lr is -1.0"),
-    ("--lr fast", "'fast'"),
-    ("--lr nan", "--lr is nan"),
-    ("--fast", "--fast"),
-    ("--step 3", "--step"),
-    ("--device abacus", "abacus"),
-    ("--dtype int4", "int4"),
-    ("--eval-pairs en-de", "no test text for en-de"),
-    ("--translate -", "--tuned"),
-    ("--export x", "--tuned"),
-    ("--beams 999999", "--beams is 999999"),
-    ("--out a\0b", "--out has a NUL"),
-    ("--steps 1" + "0" * 30, "--steps is 1000"),
-    ("--device meta", "--device meta"),
-    ("--out file/run", "file"),
+    *[("", {"weights/config.json": text}, ["config.json"]) for text in ("{", "[]", "[" * 100000)],
+    ("", with_config(BLOOM_CONFIG, model_type="gpt9"), ["model_type is 'gpt9'", "bloom, baichuan"]),
+    ("", with_config(BLOOM_CONFIG, n_head=None), ["config.json", "num_attention_heads"]),
+    ("", with_config(BLOOM_CONFIG, n_head=5), ["32 does not divide into 5 heads"]),
+    ("", with_config(BLOOM_CONFIG, n_layer="2"), ["layers is '2'"]),
+    ("", with_config(BLOOM_CONFIG, n_layer=10**6), ["1000000 layers in config.json"]),
+    ("", with_config(BLOOM_CONFIG, layer_norm_epsilon="x"), ["config.json"]),
+    ("", with_config(BLOOM_CONFIG, quantization_config={}), ["quantization_config is {}"]),
+    ("", with_config(GPT2_CONFIG, activation_function="relu"), ["activation_function is 'relu'"]),
+    ("", with_config(LLAMA_CONFIG, hidden_act="gelu"), ["hidden_act is 'gelu', expected 'silu'"]),
+    ("", with_config(LLAMA_CONFIG, rope_scaling={"type": "yarn"}), ["'yarn', expected default"]),
+    ("", with_config(LLAMA_CONFIG, rope_scaling={"type": "linear"}), ["'factor'"]),
+    ("", with_config(LLAMA_CONFIG, rope_parameters={"rope_type": "dynamic"}), ["'dynamic'"]),
+    ("", with_config(LLAMA_CONFIG, rope_theta="large"), ["'large'"]),
+    (
+        "",
+        with_config(
+            LLAMA_CONFIG, num_hidden_layers=3, **{"model_type": "mistral", "sliding_window": "all"}
+        ),
+        ["'all'"],
+    ),
+    ("", {"weights/model.safetensors": None}, ["no model.safetensors"]),
+    (
+        "",
+        {"weights/model.safetensors": None, "weights/pytorch_model.bin": ""},
+        ["model.py convert weights"],
+    ),
+    ("", {"weights/model.safetensors": LFS}, ["model.safetensors: a Git LFS pointer"]),
+    *[
+        ("", {"weights/model.safetensors": raw}, ["model.safetensors: cannot"])
+        for raw in ("", "x" * 999)
+    ],
+    (
+        "",
+        {"weights/model.safetensors": None, INDEX: '{"weight_map": {"x": "gone.safetensors"}}'},
+        ["gone"],
+    ),
+    ("", {"weights/model.safetensors": None, INDEX: '{"weight_map": 7}'}, ["index.json"]),
+    (
+        "",
+        {"weights/model.safetensors": without("ln_f.weight", x=torch.ones(1))},
+        ["1 missing: ln_f.weight; 1 unexpected: x"],
+    ),
+    (
+        "",
+        {"weights/model.safetensors": without(**{"ln_f.weight": torch.ones(9)})},
+        ["weights: ", "final_norm.weight", "[9]"],
+    ),
+    (
+        "",
+        {"weights/model.safetensors": without(**{"lm_head.weight": torch.ones(360, 32)})},
+        ["is not the embedding"],
+    ),
+    # Tokenizers
+    ("", {"weights/tokenizer.json": None}, ["no tokenizer.json and no tokenizer.model"]),
+    ("", {"weights/tokenizer.json": "{}"}, ["tokenizer.json: cannot be read"]),
+    (
+        "",
+        {"weights/tokenizer.json": None, "weights/tokenizer.model": "x"},
+        ["tokenizer.model: cannot"],
+    ),
+    (
+        "",
+        with_config(BLOOM_CONFIG, vocab_size=300),
+        ["tokens, config.json an embedding of 300"],
+    ),
+    ("", {"weights/tokenizer_config.json": '{"add_prefix_space": true}'}, ["add_prefix_space"]),
+    ("", {"weights/tokenizer_config.json": "[]"}, ["tokenizer_config.json: a list"]),
 ]
-BAD_WITH_TUNED = [
-    ("--tuned nowhere --translate -", "nowhere"),
-    ("--tuned nowhere", "--translate"),
-    ("--tuned nowhere --translate - --export x", "--translate"),
-    ("--tuned nowhere --export x --steps 3", "--steps has no effect with --tuned"),
-    ("--tuned nowhere --export x --beams 3", "--beams has no effect with --tuned and --export"),
-    ("--tuned nowhere --translate - --no-routing", "--no-routing has no effect"),
-]
 
 
-@pytest.mark.parametrize("words, culprit", [*BAD_COMMANDS, *BAD_WITH_TUNED])
-def test_a_bad_command_ends_in_one_line(world, here, monkeypatch, capsys, words, culprit):
-    """A traceback; an error after an hour; a folder made for nothing; an option that does nothing."""
-    monkeypatch.setattr(lander, "load_model", None)  # all of it shows before that
-    Path("file").write_text("")
-    Path("empty").mkdir()
-    empty = dict(train_qaa="", train_qab="", train_qac="")
-    write(here / "empty", **empty, test_qaa="a\n", test_qab="b\n", test_qac="c\n")
-    alone = words.startswith("--tuned")
-    captured = ends_in(capsys, 2, words.split() if alone else arguments(world, words))
-    assert len(captured.err.splitlines()) == 1 and culprit in captured.err, captured.err
-    assert captured.out == "" and not Path("run").exists()
-
-
-def test_an_option_given_counts_as_given(monkeypatch, here):
-    """The demo's own defaults won over --layers 4, since 4 is the general default."""
-    chosen = []
-    monkeypatch.setattr(demo, "build", lambda folder: None)
-    monkeypatch.setattr(lander, "run", lambda settings: chosen.append(settings) or {})
-    for words in (["--layers", "4"], []):
-        assert lander.main(words) == 0
-    assert [settings.layers for settings in chosen] == [4, demo.SETTINGS["layers"]]
+@pytest.mark.parametrize("words, files, culprits", MISTAKES)
+def test_a_mistake_ends_in_one_line(world, here, capsys, words, files, culprits):
+    """A traceback; an error after an hour; a run that begins; an option that does nothing."""
+    shutil.copytree(world, here, dirs_exist_ok=True)
+    for name, content in files.items():
+        path = here / name
+        if callable(content):
+            save_file(content(load_file(path)), path)
+        elif content is None:
+            path.unlink()
+        else:
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    places = "--weights weights --data data"
+    words = words if "--tuned" in words else f"--pair en-de {places} {SMALL_RUN} {words}"
+    captured = ends_in(capsys, 2, words.split())
+    *usage, line = captured.err.splitlines()
+    assert "error: " in line and len(line) < 500
+    assert not [more for more in usage if not more.startswith(("usage: ", "   "))], captured.err
+    for culprit in culprits:
+        assert culprit in line, line
+    assert captured.out == "" and not Path("run/args.json").exists()
 
 
 # --------------------------------------------------------------------------------------------------
-# The decoder against independent implementations
+# The decoder: config.json, positions, padding
 
 
-def reference(kind, **options):
-    """A small model of transformers, of LLAMA_LIKE's sizes, with random weights."""
-    transformers = pytest.importorskip("transformers")
-    sizes = dict(vocab_size=90, hidden_size=48, n_layer=3, n_head=4, n_positions=64)
-    sizes = sizes if kind in ("bloom", "gpt2") else LLAMA_LIKE
-    config = transformers.AutoConfig.for_model(kind, **sizes | options)
-    return randomize(transformers.AutoModelForCausalLM.from_config(config))
-
-
-def load_reference(folder):
-    """A published folder as transformers reads it."""
-    transformers = pytest.importorskip("transformers")
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def rewrite(path, edit):
-    """Its tensors through a function, {name: tensor} -> {name: tensor}."""
-    stored = {name: tensor.clone() for name, tensor in load_file(path).items()}
-    save_file(edit(stored), path)
-
-
-def edit_config(folder, **changes):
-    """Change keys of a config.json; "gone" removes one."""
-    config = json.loads((folder / "config.json").read_text()) | changes
-    left = {key: value for key, value in config.items() if value != "gone"}
-    (folder / "config.json").write_text(json.dumps(left))
-
-
-def write_published(folder, model, config={}, tensors=dict, **options):
-    """What transformers writes; then keys of config.json changed, and the tensors."""
-    model.save_pretrained(folder, **options)
-    edit_config(folder, **config)
-    for path in folder.glob("*.safetensors"):
-        rewrite(path, tensors)
-
-
-def with_masks(tensors):
-    """As GPT-2 was published: without a prefix, with buffers that are no weights."""
-    masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 64, 64).tril() for i in range(3)}
-    masks |= {f"h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(3)}
-    return bare(tensors) | masks
-
-
-def packed(tensors):
-    """LLaMA's tensors as Baichuan's, and one that is dropped on purpose."""
-    for layer in range(3):
-        attention = f"model.layers.{layer}.self_attn."
-        rows = [tensors.pop(f"{attention}{part}_proj.weight") for part in "qkv"]
-        tensors[f"{attention}W_pack.weight"] = torch.cat(rows)
-        tensors[f"{attention}rotary_emb.inv_freq"] = torch.ones(4)
-    return tensors | {"model.rotary_emb.inv_freq": torch.ones(4)}
-
-
-bare = lambda tensors: {name.removeprefix("transformer."): t for name, t in tensors.items()}
-# How BLOOM was published, by its number of heads; n_embed wins.
-FOUR = dict(n_embed=48, hidden_size=7, n_head="gone", n_inner=None, num_attention_heads=4)
-SIX = FOUR | {"num_attention_heads": 6}
-AFTER_NORM = {"apply_residual_connection_post_layernorm": True}
-TIED = {"tie_word_embeddings": True}
-# Rotary positions as transformers 5 spells them, and as it was before.
-PLAIN = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
-LINEAR = {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}
-LLAMA3 = {"rope_parameters": LLAMA3_SCALING | {"rope_theta": 5e5}}
-OLD_PLAIN = dict(rope_parameters="gone", rope_theta=1e6, rope_scaling=None)
-OLD_LINEAR = dict(rope_parameters="gone", rope_scaling={"type": "linear", "factor": 4.0})
-OLD_LLAMA3 = dict(rope_parameters="gone", rope_theta=5e5, rope_scaling=LLAMA3_SCALING)
-# What transformers takes for keys that are not there; and the options that those stand for.
-LEFT_OUT = (
-    "num_key_value_heads rms_norm_eps attention_bias mlp_bias head_dim rope_parameters layer_types"
-    " sliding_window use_sliding_window tie_word_embeddings max_position_embeddings"
-)
-ABSENT = dict.fromkeys(LEFT_OUT.split(), "gone")
-MISTRAL = {"num_attention_heads": 16, "num_key_value_heads": 8, "hidden_size": 64}
-QWEN2 = {"num_attention_heads": 64, "num_key_value_heads": 32, "hidden_size": 128}
-QWEN3 = {"num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128}
-
-# What a reader or a loader gets wrong at first: kind, options of transformers' config, and how the
-# files are written.
-BIASED = dict(attention_bias=True, mlp_bias=True, head_dim=10, num_key_value_heads=2)
-CASES = {
-    "bloom": ("bloom", {}, dict(config=FOUR, tensors=bare)),
-    "6 heads, shards": ("bloom", {"n_head": 6}, dict(config=SIX, max_shard_size="60KB")),
-    "12 heads, saved again": ("bloom", {"n_head": 12}, {}),
-    "16 bits": ("bloom", {"n_head": 6, "dtype": torch.float16}, dict(config=SIX, tensors=bare)),
-    "residual after the norm": ("bloom", AFTER_NORM, dict(config=FOUR, tensors=bare)),
-    "baichuan": ("llama", {}, dict(config={"model_type": "baichuan"}, tensors=packed)),
-    "2 heads of keys, shards": ("llama", {"num_key_value_heads": 2}, {"max_shard_size": "60KB"}),
-    "1, the head tied": ("llama", {"num_key_value_heads": 1} | TIED, {}),
-    "biases, heads of another size": ("llama", BIASED, {}),
-    "another base, old spelling": ("llama", PLAIN, {"config": OLD_PLAIN}),
-    "linear scaling": ("llama", LINEAR, {}),
-    "linear scaling, old spelling": ("llama", LINEAR, {"config": OLD_LINEAR}),
-    "llama3 scaling": ("llama", LLAMA3, {}),
-    "llama3 scaling, old spelling": ("llama", LLAMA3, {"config": OLD_LLAMA3}),
-    "llama, absent keys": ("llama", {}, {"config": ABSENT}),
-    "mistral": ("mistral", {"num_key_value_heads": 2, "sliding_window": None}, {}),
-    "mistral, absent keys": ("mistral", MISTRAL, {"config": ABSENT}),
-    "qwen2": ("qwen2", PLAIN | {"num_key_value_heads": 4} | TIED, {}),
-    "qwen2, absent keys": ("qwen2", QWEN2, {"config": ABSENT}),
-    "qwen3": ("qwen3", PLAIN | {"num_key_value_heads": 2, "head_dim": 10}, {}),
-    "qwen3, biases, tied": ("qwen3", {"attention_bias": True} | TIED, {}),
-    "qwen3, absent keys": ("qwen3", QWEN3, {"config": ABSENT}),
-    "gpt2": ("gpt2", {}, {"tensors": with_masks}),
-    "gpt2, saved again": ("gpt2", {"n_inner": 100, "tie_word_embeddings": False}, {}),
-}
-
-
-def assert_same(ours, theirs):
-    """The same logits with padding on either side."""
-    for side in ("left", "right"):
-        ids, mask = padded_ids(90, side, lengths=(40, 7, 25))
-        options = {"attention_mask": mask.long()}
-        if theirs.config.model_type == "gpt2":  # which counts padding, unless it is told
-            options["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-        assert_close(ours(ids, mask), theirs(ids, **options).logits, mask)
-
-
-def up_to_end(row, eos_ids):
-    return list(itertools.takewhile(lambda token: token not in eos_ids, row))
-
-
-def generated(theirs, ids, mask, limit, eos_ids, beams):
-    """Rows of new ids, up to their ends, as transformers generates them."""
-    options = dict(num_beams=beams, length_penalty=1.0, early_stopping=False, do_sample=False)
-    options |= dict(max_new_tokens=limit, pad_token_id=0, eos_token_id=eos_ids or None)
-    rows = theirs.generate(ids, attention_mask=mask.long(), **options)[:, ids.shape[1] :]
-    return [up_to_end(row, eos_ids) for row in rows.tolist()]
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_logits_and_new_ids_equal_transformers(tmp_path, case):
-    """A slope, norm, interleaving, rotation, group, default or scaling of another model loads."""
-    kind, options, files = CASES[case]
-    theirs = reference(kind, **options)
-    write_published(tmp_path, theirs, **files)
-    theirs = theirs.float()  # with the file's rounding
-    ours = load_model(tmp_path, dtype=torch.float32)
-    assert_same(ours, theirs)
-    ids, mask = padded_ids(90, "left")
-    for beams in (1, 3):
-        expected = generated(theirs, ids, mask, 20, [89], beams)
-        assert ours.generate(ids, mask, 20, eos_id=89, beams=beams) == expected
-    save_model(ours, tmp_path / "copy")
-    if case != "baichuan":  # of which transformers has no class
-        assert torch.equal(load_reference(tmp_path / "copy")(ids).logits, theirs(ids).logits)
-
-
-def test_baichuan_13b_equals_llama_with_alibi(tmp_path):
-    """No class is published: LLaMA without angles, distances in its mask, unit rows in its head."""
-    theirs = reference("llama", num_attention_heads=6, num_key_value_heads=6)
-    stored = theirs.lm_head.weight.detach().clone()
-    config = {"model_type": "baichuan", "normalize_head": True, "positions": "alibi"}
-    write_published(tmp_path, theirs, config=config, tensors=packed)
-    theirs.lm_head.weight.data = functional.normalize(stored)
-    theirs.model.rotary_emb.inv_freq.zero_()
-    slopes = torch.tensor([2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3])
-    distance = torch.arange(40)[:, None] - torch.arange(40)
-    bias = torch.where(distance < 0, -torch.inf, -slopes[:, None, None] * distance)[None]
-    ids, _ = padded_ids(90, "left", lengths=(40, 40))
-    ours = load_model(tmp_path)
-    assert_close(ours(ids), theirs(ids, attention_mask=bias).logits)
-    assert torch.equal(ours.head.weight, stored)
-
-
-def test_baichuan_variants_are_told_apart(capsys):
-    """v1 read as v2, or 13B as 7B: no shape would tell. What no key says is guessed aloud."""
+def test_baichuan_variants_are_told_apart():
+    """v1 read as v2, or 13B as 7B: no shape would tell."""
     v1, v2, length = {"vocab_size": 64000}, {"vocab_size": 125696}, "max_position_embeddings"
-    said = {"positions": "rotary", "normalize_head": False}
-    for changes, positions, head, version in [
-        (v1 | {length: 4096}, "rotary", "plain", 1),
-        (v1 | {"model_max_length": 4096}, "alibi", "plain", 1),
-        (v2 | {length: 4096, "model_max_length": 9}, "rotary", "normalized", 2),
-        (v2 | {"model_max_length": 4096}, "alibi", "normalized", 2),
-        (v2 | said, "rotary", "plain", None),
-        ({"z_loss_weight": 0}, "alibi", "normalized", None),
-        ({"normalize_head": True}, "alibi", "normalized", None),
+    for changes, positions, head in [
+        (v1 | {length: 4096}, "rotary", "plain"),
+        (v1 | {"model_max_length": 4096}, "alibi", "plain"),
+        (v2 | {length: 4096, "model_max_length": 9}, "rotary", "normalized"),
+        (v2 | {"model_max_length": 4096}, "alibi", "normalized"),
+        (v2 | {"positions": "rotary", "normalize_head": False}, "rotary", "plain"),
+        ({"z_loss_weight": 0}, "alibi", "normalized"),
     ]:
-        config = Config.from_json(BAICHUAN | changes)
+        config = model.read_config(BAICHUAN | changes)
         assert (config.positions, config.head, config.max_length) == (positions, head, 4096)
-        lines = capsys.readouterr().err.splitlines()
-        assert [f"Baichuan {version} " in line for line in lines] == [True] * bool(version)
 
 
 def test_longer_input_than_the_window_or_positions_is_refused():
@@ -1871,7 +1653,7 @@ def test_longer_input_than_the_window_or_positions_is_refused():
         ("qwen3", {"sliding_window": 9, "use_sliding_window": False}, usual),
         ("llama", {"sliding_window": 9}, usual),
     ]:
-        config = Config.from_json(LLAMA_LIKE | {"model_type": kind} | changes)
+        config = model.read_config(LLAMA_LIKE | {"model_type": kind} | changes)
         assert config.longest == longest
         if longest > 12:
             continue
@@ -1900,10 +1682,6 @@ def test_what_16_bits_would_round_is_computed_in_fp32():
     assert not torch.equal(norm(x), (wide * norm.weight.float()).bfloat16())
 
 
-# --------------------------------------------------------------------------------------------------
-# Padding and generation
-
-
 def unpadded(ids, mask):
     """The prompts of a padded batch, as lists."""
     return [row[real].tolist() for row, real in zip(ids, mask)]
@@ -1922,6 +1700,10 @@ def test_padding_changes_nothing(kind, side):
     seen, real = bias[:, 0].isfinite(), mask[:, :, None]
     assert seen.any(-1).all(), "a query that sees nothing is NaN on some devices"
     assert torch.equal(seen & real, torch.ones(11, 11).tril().bool() & mask[:, None] & real)
+
+
+# --------------------------------------------------------------------------------------------------
+# Generation
 
 
 @pytest.fixture
@@ -1945,12 +1727,14 @@ def recomputed_greedy(decoder, ids, max_new_tokens, eos_id, vocab_size=None, tex
     return new
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_cached_greedy_equals_recomputation(kind, side, nan_in_new_memory, monkeypatch):
+def up_to_end(row, eos_ids):
+    """A row of new ids up to its first end, which is left out."""
+    return list(itertools.takewhile(lambda token: token not in eos_ids, row))
+
+
+@pytest.mark.parametrize("kind, side", [("bloom", "left"), ("llama", "right"), ("gpt2", "left")])
+def test_cached_greedy_equals_recomputation(kind, side, nan_in_new_memory):
     """A key at the wrong place, a row mixed up when a sentence leaves, memory never written."""
-    monkeypatch.setattr(model, "PROMPTS_AT_ONCE", 3)
-    monkeypatch.setattr(model, "ROOM", 4)
     decoder = tiny_decoder(kind, vocabulary=12)
     ids, mask = padded_ids(12, side, lengths=(7, 13, 5, 9, 10, 6, 11, 4))
     endless = [recomputed_greedy(decoder, row, 15, eos_id=None) for row in unpadded(ids, mask)]
@@ -1965,8 +1749,8 @@ def test_cached_greedy_equals_recomputation(kind, side, nan_in_new_memory, monke
     assert decoder.generate(ids[:0], mask[:0], 5, eos_id) == []
     all_real = decoder.generate(ids, torch.ones_like(mask), 5, eos_id)
     assert decoder.generate(ids, None, 5, eos_id) == all_real
-    cache = model.Cache.empty(decoder.bfloat16(), rows=3, tokens=7)
-    assert sum(store.nbytes for store in cache.stores) == 3 * 7 * decoder.cache_bytes()
+    cache = model.Cache(decoder.bfloat16(), prompts=3, beams=2, room=7, mask=None)
+    assert sum(store.nbytes for store in cache.stores) == 6 * 7 * decoder.cache_bytes()
 
 
 class Texts(tuple):
@@ -1980,7 +1764,7 @@ TWELVE = Texts(["a", "b", "</s>", "c", "\n", " \n ", "d\n", " ", "e\ne", "f", "g
 FIVE = Texts(["a", "\n", "</s>", "b\n", " "])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["bloom", "qwen2"])
 def test_a_line_break_ends_a_translation(kind, nan_in_new_memory):
     """A line too many, a neighbour's limit; a break before the first word; ids without a token."""
     ends, ended, skipped, beyond = data.line_ends(TWELVE), 0, 0, 0
@@ -1996,24 +1780,6 @@ def test_a_line_break_ends_a_translation(kind, nan_in_new_memory):
             ended += "\n" in text.lstrip()
             skipped += "\n" in text[: len(text) - len(text.lstrip())] and text.lstrip() != ""
     assert ended > 5 and skipped > 1 and beyond, "nothing ended at a line break: nothing was tested"
-
-
-@pytest.mark.parametrize("kind", PUBLISHED_KINDS)
-def test_beam_search_equals_transformers(kind, tmp_path, nan_in_new_memory):
-    """A beam without its cache, a hypothesis lost, a length miscounted, a stop too early."""
-    rng, ended, not_greedy = random.Random(0), 0, 0
-    ids, mask = padded_ids(12, "left", lengths=(5, 11, 3, 7, 8))
-    for seed in range(10):
-        decoder = tiny_decoder(kind, seed, vocabulary=12)
-        save_model(decoder, tmp_path)
-        theirs = load_reference(tmp_path)
-        for beams in rng.sample(range(2, 9), 3):
-            limit, eos_ids = rng.choice([1, 2, 5, 24]), rng.choice([[2], [1, 2, 4, 7], []])
-            expected = generated(theirs, ids, mask, limit, eos_ids, beams)
-            assert decoder.generate(ids, mask, limit, eos_ids, beams=beams) == expected
-            ended += sum(len(row) < limit for row in expected)
-            not_greedy += expected != decoder.generate(ids, mask, limit, eos_ids)
-    assert ended > 20 and not_greedy > 5, "too easy to test anything"
 
 
 def continuations(limit, lines):
@@ -2054,15 +1820,6 @@ def test_beams_wide_enough_find_the_best_of_all(lines):
 # --------------------------------------------------------------------------------------------------
 # Reading and writing checkpoints
 
-BOTH_FILES = ["config.json", "model.safetensors"]
-INDEX = "model.safetensors.index.json"
-BLOOM_CONFIG = dict(model_type="bloom", vocab_size=90, n_embed=32, n_layer=2, n_head=4)
-GPT2_CONFIG = dict(model_type="gpt2", vocab_size=90, n_embd=32, n_layer=2, n_head=4)
-LLAMA_CONFIG = LLAMA_LIKE | {"model_type": "llama"}
-BAICHUAN_CONFIG = BAICHUAN | {"model_max_length": 64}
-names_in = lambda folder: sorted(path.name for path in folder.iterdir())
-renamed = lambda change: lambda tensors: {change(name): t for name, t in tensors.items()}
-
 
 def same_weights(ours, theirs):
     return all(torch.equal(p, theirs.get_parameter(n)) for n, p in ours.named_parameters())
@@ -2085,18 +1842,6 @@ def test_a_saved_model_loads_as_the_same_bits(tmp_path, kind):
     assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux lists what is mapped there")
-def test_a_large_weight_that_is_dropped_leaves_memory(tmp_path):
-    """One file open for all keeps every page that was read: regrouped layers count twice."""
-    large = BLOOM_CONFIG | {"n_embed": 528}  # FFN weights have over 2**20 numbers
-    save_model(Decoder(Config.from_json(large)), tmp_path)
-    mapped = lambda: Path("/proc/self/maps").read_text().count(str(tmp_path))
-    model = load_model(tmp_path)
-    assert mapped() == 4 + 1  # all small ones share one
-    model.blocks[0].ffn = None
-    assert mapped() == 2 + 1
-
-
 def test_saving_is_atomic(tmp_path, monkeypatch):
     """An interrupted save must leave the old file whole, and no debris."""
     save_model(tiny_decoder("bloom", seed=1), tmp_path)
@@ -2113,875 +1858,221 @@ def test_saving_is_atomic(tmp_path, monkeypatch):
     assert names_in(tmp_path) == BOTH_FILES
 
 
-def misfit(tensors):
-    del tensors["h.1.mlp.dense_h_to_4h.bias"], tensors["ln_f.weight"]
-    tensors["h.0.input_layernorm.weight"] = torch.ones(31)
-    tensors["h.1.input_layernorm.weight"] = torch.ones(32, dtype=torch.int8)
-    others = ("h.2.input_layernorm.weight", "transformer.ln_f.bias")
-    return tensors | {name: torch.ones(32) for name in others}
-
-
-def test_every_wrong_tensor_is_listed_in_one_error(tmp_path):
-    """A loader that skips what it does not know leaves random weights in the model."""
-    save_model(tiny_decoder("bloom"), tmp_path)
-    rewrite(tmp_path / "model.safetensors", misfit)
-    text = refused(lambda: load_model(tmp_path), str(tmp_path))
-    missing, unexpected, misshapen = text.split("; ")[1:]
-    assert missing == "2 missing: h.1.mlp.dense_h_to_4h.bias, ln_f.weight"
-    assert "h.2.input_layernorm.weight" in unexpected and "ln_f.bias (twice)" in unexpected
-    assert "h.0.input_layernorm.weight torch.float32 [31]" in misshapen
-    assert "h.1.input_layernorm.weight torch.int8" in misshapen
-    rewrite(tmp_path / "model.safetensors", renamed(lambda name: f"x.{name}"))
-    text = refused(lambda: load_model(tmp_path), "29 missing", "29 unexpected: x.", ", ...")
-    assert len(text) < 1000, "26,000 characters for a model of 7B"
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_prefixes_of_names_are_recognized(tmp_path, kind):
-    """Of torch.compile, DistributedDataParallel or FSDP, or of the model below the head alone."""
-    decoder = tiny_decoder(kind)
-    prefix = model.FAMILIES[decoder.config.family].prefix
-    for change in (
-        lambda name: f"_orig_mod.{name}",
-        lambda name: f"module._orig_mod.{name}",
-        lambda name: name.replace("0.", "0._fsdp_wrapped_module."),
-        lambda name: name.removeprefix(prefix),
-        lambda name: name if name.startswith((prefix, "lm_head")) else prefix + name,
+def test_tied_heads_and_names_with_and_without_a_prefix(tmp_path):
+    """Of two names for one weight, one missing; a head of its own that is dropped unread."""
+    decoder = tiny_decoder("bloom")
+    path, embedding = tmp_path / "model.safetensors", decoder.embedding.weight.detach().clone()
+    for edit in (
+        lambda tensors: {f"transformer.{name}": t for name, t in tensors.items()},
+        lambda tensors: tensors | {"lm_head.weight": embedding.clone()},
+        lambda tensors: without("word_embeddings.weight", **{"lm_head.weight": embedding})(tensors),
+        lambda tensors: tensors | {"h.0.attn.masked_bias": torch.ones(1)},
     ):
         save_model(decoder, tmp_path)
-        rewrite(tmp_path / "model.safetensors", renamed(change))
+        save_file(edit(load_file(path)), path)
         assert same_weights(decoder, load_model(tmp_path))
+    save_file(load_file(path) | {"lm_head.weight": embedding + 1}, path)
+    refused(lambda: load_model(tmp_path), "lm_head.weight is not the embedding", "config.json")
+    config = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert torch.equal(load_model(tmp_path).head.weight, embedding + 1)
 
 
-@pytest.mark.parametrize("kind", ["bloom", "qwen2", "gpt2"])
-def test_a_stored_head_that_is_not_the_tied_embedding_is_used(tmp_path, kind, capsys):
-    """Dropped unread, as a tied head's copy may be, it gives other logits (merged, tuned)."""
-    decoder = tiny_decoder(kind)
-    for change in (0, 1):
-        save_model(decoder, tmp_path)
-        head = {"lm_head.weight": decoder.embedding.weight.detach() + change}
-        rewrite(tmp_path / "model.safetensors", lambda tensors: tensors | head)
-        theirs, ours = load_reference(tmp_path), load_model(tmp_path)
-        assert_same(ours, theirs)
-        assert ours.config.head == ("plain" if change else "tied")
-        # Before transformers 5 this key decided alone.
-        assert ours.config.published.get("tie_word_embeddings", True) != bool(change)
-        assert ("lm_head.weight" in capsys.readouterr().err.split("\r")[-1]) == bool(change)
-        save_model(ours, tmp_path / "copy")
-        assert_same(load_model(tmp_path / "copy"), theirs)
-        assert_same(ours, load_reference(tmp_path / "copy"))
+def test_bin_shards_convert_to_the_same_model(tmp_path, capsys):
+    """safetensors refuses what overlaps, and a tied head; a pickle may run anything."""
+    decoder, run = tiny_decoder("bloom"), lambda: data.exit_status(model.convert, tmp_path)
     save_model(decoder, tmp_path)
-    (embedding,) = model.published_names(decoder.config.family, "embedding.weight")
-    as_head = lambda name: "lm_head.weight" if name == embedding else name
-    rewrite(tmp_path / "model.safetensors", renamed(as_head))  # of two names for one, the first
-    assert_same(load_model(tmp_path), load_reference(tmp_path))
-    edit_config(tmp_path, tie_word_embeddings=False)
-    rewrite(tmp_path / "model.safetensors", renamed(lambda name: name.replace("lm_head", "head")))
-    refused(lambda: load_model(tmp_path), "missing: ", "lm_head.weight")
-
-
-# Keys of a config.json each of which, with this value, is another function: "key is value".
-OTHER_VALUES = [
-    (BLOOM_CONFIG, dict(quantization_config={}, hidden_act="relu", tie_word_embeddings="no")),
-    (BLOOM_CONFIG, dict(rope_scaling={"type": "yarn"}, model_type=["bloom"])),
-    # positions "Rotary" was accepted, and then there were no positions at all.
-    (BAICHUAN_CONFIG, dict(positions="Rotary", normalize_head=1, tie_word_embeddings=True)),
-    (GPT2_CONFIG, dict(activation_function="gelu", scale_attn_weights=False)),
-    (GPT2_CONFIG, dict(scale_attn_by_inverse_layer_idx=True, add_cross_attention=True)),
-    (LLAMA_CONFIG, dict(partial_rotary_factor=0.5, clip_qkv=8.0, logits_scaling=16.0)),
-    (LLAMA_CONFIG, dict(attn_logit_softcapping=50.0, use_bidirectional_attention=True)),
-    (LLAMA_CONFIG, dict(hidden_act="gelu", attention_bias=None, quantization_config={})),
-    (LLAMA_CONFIG, dict(model_type="mixtral", is_causal=False)),
-]
-OTHER_CONFIGS = [
-    (BLOOM_CONFIG, {"model_type": "gpt9"}, ["'gpt9'", "bloom, baichuan"]),
-    (BLOOM_CONFIG, {"n_head": None}, ["num_attention_heads"]),
-    (BLOOM_CONFIG, {"n_head": 5}, ["32", "5 heads"]),
-    (BLOOM_CONFIG, {"n_layer": "2"}, ["layers is '2'"]),
-    (BLOOM_CONFIG, {"n_embed": 10**30}, ["hidden_size is 1000"]),
-    (BLOOM_CONFIG, {"layer_norm_epsilon": "x"}, []),
-    (BLOOM_CONFIG, {"layer_norm_epsilon": 1.5}, ["norm_eps is 1.5"]),
-    (LLAMA_CONFIG, {"rope_parameters": {"partial_rotary_factor": 0.5}}, ["partial_rotary"]),
-    (LLAMA_CONFIG, {"rope_parameters": {"full_attention": {}}}, ["full_attention"]),
-    (LLAMA_CONFIG, {"layer_types": ["linear_attention"] * 3}, ["linear_attention"]),
-    (LLAMA_CONFIG, {"rope_scaling": {"type": "linear"}}, ["factor"]),
-    (LLAMA_CONFIG, {"rope_scaling": {"type": "linear", "factor": 0}}, ["'factor': 0"]),
-    (LLAMA_CONFIG, {"rope_scaling": LLAMA3_SCALING | {"low_freq_factor": 4.0}}, ["low_freq"]),
-    (LLAMA_CONFIG, {"rope_scaling": "linear"}, []),
-    (LLAMA_CONFIG, {"rope_scaling": {"type": "yarn", "factor": 4.0}}, ["'yarn'"]),
-    *[(LLAMA_CONFIG, {"rope_parameters": {"rope_type": k}}, [k]) for k in ("dynamic", "longrope")],
-    (LLAMA_CONFIG, {"rope_theta": "large"}, ["'large'"]),
-    (LLAMA_CONFIG, {"num_key_value_heads": 3}, ["8 heads do not divide into 3"]),
-    (LLAMA_CONFIG, {"head_dim": 5}, ["heads of 5 numbers"]),
-    (LLAMA_CONFIG, {"model_type": "mistral", "sliding_window": "all"}, ["'all'"]),
-]
-for config, changes in OTHER_VALUES:
-    for key, value in changes.items():
-        OTHER_CONFIGS.append((config, {key: value}, [f"{key} is {value!r}"]))
-
-
-@pytest.mark.parametrize("config, changes, culprits", OTHER_CONFIGS)
-def test_what_a_config_asks_for_is_done_or_refused_by_name(config, changes, culprits):
-    """Loaded all the same, it would compute another function."""
-    harmless = {"attention_dropout": 0.1, "logits_scaling": 1.0, "clip_qkv": None}
-    Config.from_json(config | harmless | {"rope_parameters": {"partial_rotary_factor": 1.0}})
-    refused(lambda: Config.from_json(config | changes), "config.json", *culprits)
-
-
-def shard(name):
-    index = {"weight_map": {"ln_f.weight": name}}
-    return {"model.safetensors": None, INDEX: json.dumps(index)}
-
-
-LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
-MANY_LAYERS = json.dumps(BLOOM_CONFIG | {"n_layer": 10**6})
-ADAPTER = '{"base_model_name_or_path": "haoranxu/ALMA-7B-Pretrain"}'
-# Other contents of files, None for no file, -100 for as many bytes less; and what is said.
-DAMAGED = [
-    ({"config.json": None}, ["config.json: cannot be read"]),
-    ({"config.json": None, "adapter_config.json": ADAPTER}, ["of haoranxu/ALMA-7B-P", "merge"]),
-    ({"config.json": MANY_LAYERS}, ["1000000 layers", "29 te"]),
-    ({"config.json": '{"a": NaN}'}, ["config.json", "NaN"]),
-    *[({"config.json": text}, ["config.json"]) for text in ("{", "[]", "[" * 100000)],
-    ({"model.safetensors": None}, ["no model.safetensors"]),
-    ({"model.safetensors": LFS_POINTER}, ["Git LFS"]),
-    *[({"model.safetensors": text}, ["model.safetensors"]) for text in ("", "x" * 1000, -100)],
-    *[(shard(name), [INDEX, repr(name)]) for name in ("../else.safetensors", "/etc/passwd", "")],
-    *[(shard(name), [INDEX]) for name in (7, "\ud800.safetensors")],  # half a character
-    (shard("gone.safetensors"), ["gone.safetensors"]),
-]
-
-
-@pytest.mark.parametrize("files, culprits", DAMAGED)
-def test_a_damaged_checkpoint_ends_in_one_line(tmp_path, files, culprits):
-    """A traceback; a file outside the folder; cannot be read, for an adapter or a hub's name."""
-    folder = tmp_path / "folder"
-    save_model(tiny_decoder("bloom"), folder)
-    shutil.copy(folder / "model.safetensors", tmp_path / "else.safetensors")
-    edit_config(folder, note="😀")  # a pair of surrogates in the file
-    load_model(folder)
-    for name, content in files.items():
-        if content is None:
-            (folder / name).unlink()
-        elif content == -100:
-            os.truncate(folder / name, (folder / name).stat().st_size - 100)
-        else:
-            (folder / name).write_text(content)
-    refused(lambda: load_model(folder), str(folder), *culprits)
-    name = "bigscience/bloom-560m"
-    refused(lambda: load_model(name), f"hf download {name} --local-dir bloom-560m")
-
-
-def run_convert(folder, **options):
-    command = [sys.executable, Path(model.__file__), "convert", folder]
-    return subprocess.run(command, capture_output=True, text=True, **options)
-
-
-def test_bin_shards_convert_to_the_same_tensors(tmp_path):
-    """safetensors refuses what overlaps, and a tied head; ASCII cannot print the name of a file."""
-    save_model(tiny_decoder("rotary"), tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
+    assert run() == 2 and "has safetensors already" in capsys.readouterr().err
     (tmp_path / "model.safetensors").unlink()
-    whole = torch.arange(6.0)
-    views = {"a": whole[:4], "b": whole[2:], "c": whole.view(2, 3).T, "d": whole, "tied": whole}
-    torch.save(tensors, tmp_path / "pytorch_model-00001-of-00002.bin")
-    torch.save(views, tmp_path / "pytorch_model-ü.bin")
+    tensors["lm_head.weight"] = tensors["word_embeddings.weight"]
+    for number in (1, 2):
+        part = dict(list(tensors.items())[number - 1 :: 2])
+        torch.save(part, tmp_path / f"pytorch_model-0000{number}-of-00002.bin")
     refused(lambda: load_model(tmp_path), f"python model.py convert {tmp_path}")
-    done = run_convert(tmp_path, env=os.environ | {"PYTHONIOENCODING": "ascii"})
-    assert (done.returncode, done.stderr) == (0, "")
-    stored = load_file(tmp_path / "model-00001-of-00002.safetensors")
-    stored |= load_file(tmp_path / "model-ü.safetensors")
-    assert stored.keys() == {*tensors, *views}
-    assert all(torch.equal(stored[name], value) for name, value in (tensors | views).items())
-    text = refused(lambda: load_model(tmp_path), "5 unexpected: a, b, c, d, tied")
-    assert "missing" not in text and "misshapen" not in text
+    assert run() == 0 and same_weights(decoder, load_model(tmp_path))
+    for path in tmp_path.glob("*model*"):
+        path.unlink()
 
+    class Payload:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "executed",)
 
-class Payload:
-    def __reduce__(self):
-        return Path.touch, (Path("executed"),)
-
-
-def compressed(path):
-    """A .bin whose data.pkl unpacks to a thousand times its size."""
-    torch.save({"w": torch.zeros(2)}, path)
-    with zipfile.ZipFile(path) as plain:
-        entries = {name: plain.read(name) for name in plain.namelist()}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
-        for name, content in entries.items():
-            file.writestr(name, content)
-
-
-old_format = partial(torch.save, {}, _use_new_zipfile_serialization=False)
-# What torch.save would write, a function that writes it, or no file; and what is said of it.
-BAD_BINS = {
-    "no checkpoint": (lambda path: path.write_bytes(b"not a checkpoint"), "zip"),
-    "before torch 1.6": (old_format, "zip"),
-    "compressed": (compressed, "compressed"),
-    "code": (Payload(), "code"),
-    "no tensors": ({"w": [1, 2]}, "'w', a list"),
-    "a list": ([torch.zeros(2)], "list"),
-    "Lightning's": ({"state_dict": {"w": torch.zeros(2)}}, "'state_dict', a dict"),
-    "a number as name": ({7: torch.zeros(2)}, "holds 7"),
-    "half a character as name": ({"\ud800": torch.zeros(2)}, "'\\ud800'"),
-    "larger than the file": ({"w": torch.zeros(1).expand(10000, 10000)}, "larger than the file"),
-    "no values": ({"w": torch.zeros(2, device="meta")}, "'w'"),
-    "sparse": ({"w": torch.zeros(2, 2).to_sparse()}, "'w'"),
-    "nothing": (None, "no pytorch_model"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_BINS)
-def test_converting_runs_no_code_and_names_the_file(tmp_path, monkeypatch, case):
-    """A pickle may run anything; torch's own message advises to load it all the same."""
-    monkeypatch.chdir(tmp_path)
-    content, culprit = BAD_BINS[case]
-    path = tmp_path / "pytorch_model.bin"
-    if callable(content):
-        content(path)
-    elif content is not None:
-        torch.save(content, path)
-    done = run_convert(".")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert len(done.stderr.splitlines()) == 1 and "pytorch_model" in done.stderr
-    assert culprit in done.stderr and len(done.stderr) < 200
-    assert "weights_only" not in done.stderr
-    assert names_in(tmp_path) == [path.name] * (content is not None)
-
-
-def test_converting_overwrites_nothing_and_writes_all_or_nothing(tmp_path):
-    """A published model.safetensors beside the .bin files; a second shard refused too late."""
-    torch.save({"w": torch.zeros(2)}, tmp_path / "pytorch_model-1.bin")
-    for name in ("model.safetensors", INDEX):
-        (tmp_path / name).write_text("published")
-        refused(lambda: model.convert(tmp_path), str(tmp_path / name), "already")
-        assert (tmp_path / name).read_text() == "published"
-        (tmp_path / name).unlink()
-    torch.save({"w": [1]}, tmp_path / "pytorch_model-2.bin")
-    refused(lambda: model.convert(tmp_path), "pytorch_model-2.bin")
-    assert not list(tmp_path.glob("*.safetensors*"))
-
-
-MEASURE_LOADING = """
-import resource, sys, torch, model
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-model.load_model(sys.argv[1] + "/warm-up")
-before = peak()
-loaded = model.load_model(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
-print(peak() - before, sum(p.nbytes for p in loaded.parameters()))
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_loading_holds_the_weights_once(tmp_path, dtype):
-    """Reading a whole file before converting it takes 1.5 times the weights; 1.15 is allowed."""
-    config = BLOOM_CONFIG | dict(vocab_size=20000, n_embed=1024, n_layer=6, n_head=8)
-    save_model(Decoder(Config.from_json(config)).half(), tmp_path)
-    save_model(tiny_decoder("bloom").half(), tmp_path / "warm-up")
-    command = [sys.executable, "-c", MEASURE_LOADING, tmp_path, dtype]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    peak, weights = map(int, done.stdout.split())
-    assert peak < 1.15 * weights
+    for content in ({"w": Payload()}, {"state_dict": {"w": torch.zeros(2)}}, [torch.zeros(2)]):
+        torch.save(content, tmp_path / "pytorch_model.bin")
+        assert run() == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {tmp_path}/pytorch_model.bin: ") and error.count("\n") == 1
+        assert names_in(tmp_path) == ["config.json", "pytorch_model.bin"]
 
 
 # --------------------------------------------------------------------------------------------------
 # Tokenizers
 
-TEXTS = [
-    "Hello, world!  (two spaces)\n\ttabs … 你好，世界。",
-    "a    b\n\n  c",
-    "f(x)|g(y) (a) ( b",
-    "「你好！」？ 你好! ？",
-    "1,234.56 a.b@c.com",
-    "a\u00a0b\u3000c\u200bd \u00a0e",
-    " leading and trailing  ",
-    *["", " ", "\n", "end ", "Ġ Ċ ĠĠ", "x\x00y\x1c\x1d\x1e\x1f\x7f\x85z"],
-    "\u1680\u2000\u2028\u2029\u202f\u205f\ufeff\u180e w",
-    "👩‍👩‍👧‍👦 🇩🇪 e\u0301 ñ n\u0303 ﬁ ½ Ⅷ",
-    "مرحبا بالعالم، كيف حالك؟ हिन्दी। ۔",
-    *["Привет, мир! Ёлка", "中文没有空格但是有标点，对吧？"],
-    *["<s>text</s> <pad><unk>< s> </s", "a<pad>b</s></s>", "x" * 3000, "das Haus 你好" * 300],
-]
-TRAINING_TEXT = [
-    *TEXTS[:16],
-    *["das Haus ist grün und der Hund ist müde", "the house is green and the dog is tired"] * 3,
-]
-FLAGS = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
-MARKS = fuzz.PIPELINES["llama"]  # LLaMA's, over "▁" for a space
-
-
-def template(*names, ids=(1,)):
-    """A post_processor that puts tokens around the text A."""
-    kinds = {name: "Sequence" if name == "A" else "SpecialToken" for name in names}
-    return {
-        "type": "TemplateProcessing",
-        "single": [{kind: {"id": name, "type_id": 0}} for name, kind in kinds.items()],
-        "pair": [],
-        "special_tokens": {n: {"id": n, "ids": [*ids], "tokens": [n]} for n in names if n != "A"},
-    }
-
-
-def over_marks(folder):
-    """A tokenizer.model as a tokenizer.json: pairs that make a piece, in their order."""
-    model = sentencepiece.SentencePieceProcessor(model_file=f"{folder}/tokenizer.model")
-    pieces = [model.id_to_piece(id) for id in range(model.get_piece_size())]
-    ids = {piece: id for id, piece in enumerate(pieces)}
-    merges = []
-    for piece in pieces:
-        cuts = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
-        known = [cut for cut in cuts if ids.keys() >= {*cut}]
-        merges += sorted(known, key=lambda cut: [ids[part] for part in cut])
-    added = [dict(id=id, content=pieces[id], special=True, **FLAGS) for id in range(3)]
-    pipeline = MARKS | {"pre_tokenizer": MARKS["pre_tokenizer"] | {"split": False}}
-    pipeline |= {"post_processor": template("<s>", "A"), "added_tokens": added, "normalizer": None}
-    return pipeline | {"model": MARKS["model"] | {"vocab": ids, "merges": merges}}
-
 
 @pytest.fixture(scope="session")
 def tokenizer_folders(tmp_path_factory):
-    """By family: trained and written by the libraries; "marks" is LLaMA's without its model."""
-    pytest.importorskip("tokenizers")
-    from study import tokens
-
-    families = ("bloom", "Qwen2", "Llama-3", "baichuan", "llama", "marks")
-    folders = {family: tmp_path_factory.mktemp(family) for family in families}
-    bloom = (*tokens.PIPELINES["BLOOM"][:2], ["<unk>", "<s>", "</s>", "<pad>"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(tokens.PIPELINES, "bloom", bloom)
-        for family in families[:3]:
-            tokens.train(family, TRAINING_TEXT, folders[family], vocab_size=500)
-    (folders["bloom"] / "tokenizer_config.json").unlink()
-    options = dict(model_type="bpe", vocab_size=420, byte_fallback=True, character_coverage=1.0)
+    """Like BLOOM's; like LLaMA's, in a tokenizer.json; and like Baichuan's and LLaMA's tokenizer.model."""
+    folders = {
+        name: tmp_path_factory.mktemp(name) for name in ("bytes", "marks", "baichuan", "llama")
+    }
+    lines = ["das Haus ist grün und der Hund ist müde", "the house is green, the dog is tired"] * 5
+    train_bpe(folders["bytes"] / "tokenizer.json", lines)
+    marks = tokenizers.Tokenizer(tokenizers.models.BPE())
+    marks.pre_tokenizer, marks.decoder = (
+        tokenizers.pre_tokenizers.Metaspace(),
+        tokenizers.decoders.Metaspace(),
+    )
+    trainer = tokenizers.trainers.BpeTrainer(
+        special_tokens=["<unk>", "<s>", "</s>"], show_progress=False
+    )
+    marks.train_from_iterator(lines, trainer)
+    template = tokenizers.processors.TemplateProcessing
+    marks.post_processor = template("<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    marks.enable_padding(length=50)
+    marks.enable_truncation(max_length=5)
+    marks.save(str(folders["marks"] / "tokenizer.json"))
+    options = dict(model_type="bpe", vocab_size=330, byte_fallback=True, minloglevel=2)
     options |= dict(normalization_rule_name="identity", remove_extra_whitespaces=False)
-    for family, dummy_prefix in (("baichuan", False), ("llama", True)):
-        options |= dict(model_prefix=f"{folders[family]}/tokenizer", add_dummy_prefix=dummy_prefix)
-        text = iter(TRAINING_TEXT)
-        sentencepiece.SentencePieceTrainer.train(sentence_iterator=text, minloglevel=2, **options)
-    (folders["marks"] / "tokenizer.json").write_text(json.dumps(over_marks(folders["llama"])))
+    for name, dummy_prefix in (("baichuan", False), ("llama", True)):
+        options |= dict(model_prefix=f"{folders[name]}/tokenizer", add_dummy_prefix=dummy_prefix)
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), **options)
     return folders
 
 
-@pytest.fixture(scope="session")
-def texts():
-    """TEXTS, and strings of many alphabets with some added tokens."""
-    pytest.importorskip("tokenizers")
-    from study import tokens
-
-    odd = ["x<unk>", "<unk>xy", "x<y", "á a\u0301", "I'm 12 345", "a <s> b", "<s>a<s><s> b"]
-    odd += [" a", "▁a", "▁▁ a  b", "his the"]
-    added = ["<s>", "</s>", "<|im_end|>", "<|end_of_text|>"]
-    return [*TEXTS, *odd, *tokens.random_texts(4500, seed=1, added=added)]
-
-
-def with_files(folder, target, edits={}, **files):
-    """With other files by name, and other values in tokenizer.json; None and ... for none."""
-    shutil.copytree(folder, target, dirs_exist_ok=True)
-    if edits:
-        files["tokenizer"] = json.loads((folder / "tokenizer.json").read_text())
-    for path, value in edits.items():
-        *way, last = [int(key) if key.isdigit() else key for key in path.split(".")]
-        part = files["tokenizer"]
-        for key in way:
-            part = part[key]
-        part[last] = value(part[last]) if callable(value) else value
-        if value is ...:
-            del part[last]
-    for name, content in files.items():
-        (target / f"{name}.json").unlink(missing_ok=True)
-        if content is not None:
-            (target / f"{name}.json").write_text(json.dumps(content))
-    return target
-
-
-def compare_ids(folder, texts):
-    """Our ids and text against those of `tokenizers`."""
-    library = pytest.importorskip("tokenizers")
-    theirs, ours = library.Tokenizer.from_file(f"{folder}/tokenizer.json"), load_tokenizer(folder)
-    assert ours.paths[0] == folder / "tokenizer.json"
-    for text in texts:
-        ids = ours.encode(text)
-        assert ids == theirs.encode(text, add_special_tokens=False).ids, ascii(text)
-        assert [*ours.prompt_prefix, *ids] == theirs.encode(text).ids
-        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=False)
-    return ours, theirs
-
-
-@pytest.mark.parametrize("name", ["bloom", "Qwen2", "Llama-3", "marks"])
-def test_ids_and_text_equal_tokenizers(tokenizer_folders, texts, name):
-    """A merge out of order, white space of Python's kind, marks left apart, bytes dropped."""
-    ours, theirs = compare_ids(tokenizer_folders[name], texts)
-    assert ours.vocab_size == theirs.get_vocab_size()
-    rng = random.Random(1)
-    for _ in range(300 if name != "marks" else 0):  # ids that no text gives: broken characters
-        ids = [rng.randrange(ours.vocab_size) for _ in range(rng.randrange(20))]
-        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=False)
-
-
-def test_a_tokenizer_json_over_marks_gives_sentencepieces_ids(tokenizer_folders, texts):
-    """LLaMA's and Mistral's as transformers 5 saves them, without a tokenizer.model."""
-    model = load_tokenizer(tokenizer_folders["llama"])
-    ours = load_tokenizer(tokenizer_folders["marks"])
-    for text in texts:
-        if text[:1] not in (" ", "▁") and not any(token in text for token in ours.added):
-            assert ours.encode(text) == model.encode(text), ascii(text)
-    assert (ours.prompt_prefix, ours.target_prefix) == ([1], "")
-
-
-def byte_level(*steps, **how):
-    last = fuzz.BYTES | {"trim_offsets": True} | how
-    return {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [*steps, last]}}
-
-
-split = lambda regex, **how: fuzz.SPLIT | {"pattern": {"Regex": regex}} | how
-DIGITS = {"type": "Digits", "individual_digits": True}
-NFC = {"type": "NFC"}
-REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-SPACES = {"type": "Replace", "pattern": {"Regex": " +"}, "content": "▁"}
-PREPEND = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, REPLACE]}
-CONTENT, NORMALIZED = "added_tokens.1.content", "added_tokens.1.normalized"
-ACCENT = {"normalizer": NFC, CONTENT: "a\u0301", NORMALIZED: True, "model.vocab.a\u0301": 1}
-WHOLE = {"model.ignore_merges": True, "model.merges": []}
-NEVER = {"pre_tokenizer.prepend_scheme": "never"}
-NOTHING = {"normalizer": {"type": "Sequence", "normalizers": []}, "post_processor": None}
-# What does nothing where all bytes are known.
-KNOWN = {"model.unk_token": "<unk>", "model.fuse_unk": True, "model.byte_fallback": True}
-as_text = lambda merges: [" ".join(merge) for merge in merges]
-OVER_BYTES = {
-    "merges before tokenizers 0.20": {"model.merges": as_text},
-    "matched in what others leave": {CONTENT: "x<", NORMALIZED: True, "model.vocab.x<": 1},
-    "the longer of two tokens": {CONTENT: "<unk>x", "model.vocab.<unk>x": 1},
-    "no added tokens, all characters apart": {"added_tokens": [], "model.merges": []},
-    "composed": {"normalizer": NFC, "post_processor": template("A")},
-    "composed before it is matched": ACCENT,
-    "nothing before and after": NOTHING | KNOWN,
-    "all pieces, inverted": {"pre_tokenizer.pretokenizers.0.invert": True},
-    "merges that count for no whole token": WHOLE,
-    "GPT-2's": byte_level(use_regex=True),
-    "SmolLM2's": byte_level(DIGITS, use_regex=True),
-    "numbers whole": byte_level(DIGITS | {"individual_digits": False}, use_regex=True),
-    "Midm's": byte_level(split(data.LLAMA3_SPLIT, behavior="Removed", invert=True)),
-    "DeepSeek's": byte_level(*map(split, data.DEEPSEEK_SPLITS), DIGITS),
-    "Mistral-Nemo's": byte_level(split(data.NEMO_SPLIT)),
-}
-OVER_MARKS = {
-    "in front of every part": {"pre_tokenizer.prepend_scheme": "always"},
-    "never in front": NEVER | {"decoder.decoders": lambda decoders: decoders[:3]},
-    "words apart": {"pre_tokenizer.split": True},
-    "LLaMA-2's": {"pre_tokenizer": None, "normalizer": PREPEND, "model.unk_token": "<unk>"},
-    "no space in front": {"pre_tokenizer": None, "normalizer": REPLACE},
-    "a token over two words": {"model.vocab.s▁t": 420, "model.merges.0": ["s", "▁t"]},
-    "whole words": WHOLE,
-}
-
-
-@pytest.mark.parametrize("case", [*OVER_BYTES, *OVER_MARKS])
-def test_other_pipelines_equal_tokenizers(tokenizer_folders, tmp_path, texts, case):
-    """A token that takes the beginning of another; a mark in front of each part; words merged."""
-    base = "bloom" if case in OVER_BYTES else "marks"
-    edits = (OVER_BYTES | OVER_MARKS)[case]
-    end = {"tokenizer_config": {"eos_token": "!"}}
-    compare_ids(with_files(tokenizer_folders[base], tmp_path, edits, **end), texts[:400])
-
-
-@pytest.mark.parametrize("family", ["bloom", "baichuan", "llama", "Qwen2", "Llama-3"])
-def test_prompt_and_target_are_what_the_joined_text_gives(tokenizer_folders, family):
-    """Two spaces where sentencepiece puts one itself, or none; white space lost; eos in a text."""
-    ours = load_tokenizer(tokenizer_folders[family])
-    for target in ["das Haus", "Das", "12", "«ja»", " two spaces", "你好", "é", "<s>"]:
+@pytest.mark.parametrize(
+    "name, front", [("bytes", []), ("marks", [1]), ("baichuan", []), ("llama", [])]
+)
+def test_prompt_and_target_are_what_the_joined_text_gives(tokenizer_folders, name, front):
+    """Two spaces where the tokenizer puts one itself, or none; what a file cuts off or pads; an end in a prompt."""
+    ours = load_tokenizer(tokenizer_folders[name])
+    assert (ours.prompt_prefix, ours.end_ids) == (front, [2])
+    for target in ["das Haus", "the house is green", "Hund und Hund"]:
         prompt, answer = render(ours, "en-de", "the house", target)
         joined = ours.encode(f"{data.prompt_text('en-de', 'the house')} {target}")
-        assert [*prompt, *answer] == [*ours.prompt_prefix, *joined, ours.eos_id]
-        assert ours.decode(answer[:-1]).lstrip() == target.lstrip()
-    for text in TEXTS:
-        ids = ours.encode(text)
-        if family == "baichuan":
-            assert isinstance(ids, list) and not {1, 2} & {*ids}
-        if family in ("bloom", "Llama-3") or (family == "baichuan" and "\x00" not in text):
-            assert ours.decode(ids) == text
+        assert [*prompt, *answer] == [*front, *joined, 2]
+        assert ours.decode(answer[:-1]).strip() == target
+    text = "das Haus  ist\ngrün"
+    if name in ("bytes", "baichuan"):
+        assert ours.decode(ours.encode(text)) == text
 
 
-named = lambda **tokens: {f"{kind}_token": token for kind, token in tokens.items()}
-by_id = lambda **ids: {f"{kind}_token_id": id for kind, id in ids.items()}
-TOKENS, NAMES = "tokenizer_config", "special_tokens_map"
-CONFIG, GENERATION = "config", "generation_config"
-UNK = {"content": "<unk>", "lstrip": False}
-ADDED = {"added_tokens_decoder": {"421": {"content": "<|e|>"}}}
-NO_ADDED = {"added_tokens_decoder": {}}
-LLAMA, FAST = {"tokenizer_class": "LlamaTokenizer"}, {"tokenizer_class": "LlamaTokenizerFast"}
-OF_BAICHUAN = {"tokenizer_class": "BaichuanTokenizer"}
-NO_BOS, BOS = {"add_bos_token": False}, {"add_bos_token": True}
-# Family, files; ids (or tokens) that begin a text, end it, pad it, and stand before a prompt.
+TOKENS, CONFIG, GENERATION = "tokenizer_config", "config", "generation_config"
+ADDED = {"added_tokens_decoder": {"331": {"content": "<|e|>"}}, "eos_token": "<|e|>"}
+# Family, its other files; ids that end a text, ids that stand before a prompt.
 SPECIAL = [
-    ("bloom", {}, 1, [2], 3, []),
-    ("bloom", {TOKENS: BOS | named(bos="<pad>", eos=UNK)}, 3, [0, 2], 3, []),
-    ("bloom", {TOKENS: named(eos="<s>", pad="a"), NAMES: named(eos=UNK)}, 1, [0, 1, 2], "a", []),
-    ("bloom", {NAMES: named(bos=UNK, pad="</s>")}, 0, [2], 2, []),
-    ("bloom", {CONFIG: by_id(eos=0), NAMES: named(eos="<s>")}, 1, [1, 0, 2], 3, []),
-    ("bloom", {CONFIG: by_id(bos=3, eos=[0, 2]), GENERATION: by_id(eos=[3])}, 3, [0, 2, 3], 3, []),
-    ("bloom", {CONFIG: by_id(eos=[], pad=1), TOKENS: named(bos=None)}, 1, [2], 1, []),
-    ("bloom", {TOKENS: named(eos="!") | NO_ADDED, NAMES: named(eos=UNK)}, 1, ["!", 0, 2], 3, []),
-    ("baichuan", {TOKENS: OF_BAICHUAN}, 1, [2], 0, []),
-    ("baichuan", {TOKENS: OF_BAICHUAN | NO_BOS}, 1, [2], 0, []),
-    ("llama", {CONFIG: by_id(eos=7, pad=-1)}, 1, [7, 2], 0, []),
-    ("llama", {TOKENS: LLAMA | named(eos=UNK, pad="</s>")}, 1, [0, 2], 2, [1]),
-    ("llama", {TOKENS: FAST | {"add_bos_token": None}}, 1, [2], 0, [1]),
-    ("llama", {TOKENS: LLAMA | NO_BOS}, 1, [2], 0, []),
-    ("llama", {TOKENS: BOS, NAMES: named(pad="[PAD]"), CONFIG: by_id(pad=9)}, 1, [2], 9, [1]),
-    ("llama", {GENERATION: by_id(eos=[2, 7]), CONFIG: by_id(eos=5)}, 1, [5, 2, 7], 0, []),
-    ("llama", {TOKENS: named(eos="<|e|>") | ADDED}, 1, [421, 2], 0, []),
-    ("llama", {TOKENS: named(eos="<|e|>"), "added_tokens": {"<|e|>": 420}}, 1, [420, 2], 0, []),
-    ("llama", {TOKENS: named(eos="<|e|>"), "added_tokens": {"<|e|>": 5}}, 1, [5, 2], 0, []),
-    ("llama", {CONFIG: {"vocab_size": 420}, "added_tokens": {"<pad>": 420}}, 1, [2], 0, []),
-    ("Qwen2", {}, -1, [0], 0, []),
-    ("Qwen2", {TOKENS: named(eos="<|im_end|>", bos="<|im_start|>")}, 1, [2], 2, []),
-    ("Qwen2", {TOKENS: None, CONFIG: by_id(bos=1, eos=2)}, 1, [2], 2, []),
-    ("Llama-3", {TOKENS: named(eos="<|end_of_text|>") | NO_BOS}, 0, [1], 1, [0]),
-    ("Llama-3", {CONFIG: by_id(eos=1), GENERATION: by_id(eos=[1, 8])}, 0, [1, 8], 1, [0]),
+    ("bytes", {TOKENS: {"eos_token": {"content": "<pad>"}}}, [3], []),
+    (
+        "bytes",
+        {TOKENS: {"eos_token": "<s>"}, "special_tokens_map": {"eos_token": "<unk>"}},
+        [1, 0],
+        [],
+    ),
+    ("bytes", {CONFIG: {"eos_token_id": [0, 3]}, GENERATION: {"eos_token_id": [1]}}, [0, 3, 1], []),
+    ("bytes", {TOKENS: {"eos_token": "nowhere", "add_bos_token": True}}, [2], []),
+    ("marks", {TOKENS: {"eos_token": "<unk>", "add_bos_token": False}}, [0], [1]),
+    ("baichuan", {TOKENS: {"tokenizer_class": "BaichuanTokenizer"}}, [2], []),
+    ("llama", {TOKENS: {"tokenizer_class": "LlamaTokenizer"}}, [2], [1]),
+    ("llama", {TOKENS: {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False}}, [2], []),
+    ("llama", {TOKENS: {"add_bos_token": True}, CONFIG: {"eos_token_id": 7}}, [7], [1]),
+    ("llama", {TOKENS: ADDED}, [331], []),
+    ("llama", {TOKENS: {"eos_token": "<|e|>"}, "added_tokens": {"<|e|>": 330}}, [330], []),
+    ("llama", {CONFIG: {"vocab_size": 330}, "added_tokens": {"<pad>": 330}}, [2], []),
 ]
 
 
-@pytest.mark.parametrize("case", SPECIAL)
-def test_special_tokens_come_from_the_folders_files(tokenizer_folders, tmp_path, case):
-    """A text that never ends, or at once; a chat's end of turn as text; another beginning."""
-    family, files, bos_id, end_ids, pad_id, front = case
-    ours = load_tokenizer(with_files(tokenizer_folders[family], tmp_path, **files))
-    id_of = lambda token: token if isinstance(token, int) else ours.ids[token]
-    assert (ours.bos_id, ours.pad_id, ours.prompt_prefix) == (bos_id, id_of(pad_id), front)
-    assert ours.end_ids == [*map(id_of, end_ids)] and ours.eos_id == ours.end_ids[0]
-    assert ours.vocab_size > max(ours.end_ids)
-    assert {path.stem for path in ours.paths} >= {name for name in files if files[name]}
-    encoded = ours.encode(data.prompt_text("en-de", "the house"))
-    prompt, target = render(ours, "en-de", "the house", "das Haus")
-    assert prompt == [*front, *encoded] and ours.bos_id not in [*encoded, *target[:-1]]
-    last = [ours.vocab_size - 2, ours.vocab_size - 1, ours.encode("c")[-1]]
-    text = ours.decode([*ours.encode("a b"), *last])
-    assert text.startswith("a b") and text.endswith("c")
-
-
-def test_a_tokenizer_json_with_more_tokens_counts(tokenizer_folders, tmp_path, texts):
-    """A vocabulary that was extended in one of two files; added words that are not found, unsaid."""
-    longer = {"model.vocab.Haus▁ist": 420, "model.merges.0": ["Haus", "▁ist"]}
-    longer |= {"model.vocab.Haus": 421, "model.vocab.▁ist": 422}
-    with_files(tokenizer_folders["marks"], tmp_path, longer)
-    shutil.copy(tokenizer_folders["llama"] / "tokenizer.model", tmp_path)
-    ours, _ = compare_ids(tmp_path, ["das Haus ist", *texts[:100]])
-    assert ours.vocab_size == 423
-
-
-def test_what_is_not_applied_is_said(tokenizer_folders, tmp_path, capsys):
-    """Greedy without the penalty that a chat model's generation_config.json asks for; a word by id."""
-    generation = {"repetition_penalty": 1.1, "no_repeat_ngram_size": 0, "temperature": 0.7}
-    words = {"Zauberwürfel": 420, "<pad>": 421}
-    files = {GENERATION: generation, CONFIG: {"vocab_size": 421}, "added_tokens": words}
-    load_tokenizer(with_files(tokenizer_folders["llama"], tmp_path, **files))
-    row, text, penalty = capsys.readouterr().err.splitlines()
-    assert "<pad> has no row" in row and text.endswith("by id: Zauberwürfel")
-    assert "generation_config.json: repetition_penalty 1.1 is not applied" in penalty
-
-
-@pytest.mark.parametrize("begins", [True, False])
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
-def test_a_prompt_is_framed_as_in_transformers(tokenizer_folders, tmp_path, name, begins):
-    """Of a template and add_bos_token that differ, one counts; of two files, the template."""
-    transformers = pytest.importorskip("transformers")
-    config = named(eos="</s>", bos="<s>") | {"add_bos_token": not begins}
-    config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
-    edits = {"post_processor": template("<s>", "A") if begins else template("A")}
-    files = {TOKENS: config, CONFIG: {"model_type": "llama"}}
-    folder = with_files(tokenizer_folders["marks"], tmp_path, edits, **files)
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    if name == "tokenizer.model":
-        shutil.copy(tokenizer_folders["llama"] / name, folder)
-    ours = load_tokenizer(folder)
-    assert ours.paths[0].name == name
-    text = data.prompt_text("en-de", "the house")
-    assert render(ours, "en-de", "the house")[0] == theirs(text)["input_ids"]
-
-
-FIRST, LAST = "pre_tokenizer.pretokenizers.0", "pre_tokenizer.pretokenizers.1"
-NO_SPACE = {"model.vocab.Ġ": ..., "model.merges": []}
-# What another tokenizer.json has, and what is said beside the file's name.
-OTHER_OPTIONS = dict(ignore_merges=7, a_new_option=1, dropout=0.1, end_of_word_suffix="</w>")
-OTHER_TYPES = {"normalizer": "NFKC", "pre_tokenizer": "Whitespace", "decoder": "Metaspace"}
-OTHER_BYTES = [
-    *[({f"{FIRST}.pattern.Regex": split}, split) for split in (r"\w+", "(a+)+b|.")],
-    ({f"{FIRST}.pattern": {"String": " "}}, "String"),
-    ({f"{FIRST}.behavior": "Removed"}, "Removed"),
-    ({f"{LAST}.add_prefix_space": True}, "'add_prefix_space': True"),
-    ({"pre_tokenizer": None}, "pre_tokenizer"),
-    ({"model.type": "WordPiece"}, "WordPiece"),
-    ({"model.continuing_subword_prefix": "##"}, "continuing_subword_prefix"),
-    (NO_SPACE | {"model.unk_token": "<unk>"}, "unk_token is"),
-    (NO_SPACE | {"model.byte_fallback": True}, "byte_fallback"),
-    ({"model.vocab.x": -7}, "ids from -7"),
-    ({"model.vocab.x": 2**24}, "16777216"),
-    ({"model.merges.0": ["never", "seen"]}, "never"),
-    ({"post_processor": template("<s>", "A", "</s>")}, "</s>"),
-    ({"post_processor": template("<s>", "<pad>", "A")}, "<pad>"),
-    ({"post_processor": template("<s>", "A", ids=(1, 1))}, "'<s>'"),
-    ({"post_processor": template("<s>", "A", ids=(10**6,))}, "1000000"),
-    ({"post_processor": {"type": "TemplateProcessing"}}, ""),
-    ({"post_processor": {"type": "RobertaProcessing"}}, "RobertaProcessing"),
-    ({"decoder": None}, "decoder []"),
-    ({"added_tokens.1.id": 77}, "<s> has another id"),
-    ({"added_tokens.2.content": "</x>"}, "no end-of-sentence"),
-    *[({f"added_tokens.1.{flag}": True}, f"<s>: {flag}") for flag in [*FLAGS][:3]],
-    *[({f"model.{key}": value}, f"{key} is {value!r}") for key, value in OTHER_OPTIONS.items()],
-    *[({key: {"type": kind}}, kind) for key, kind in OTHER_TYPES.items()],
-    *[({key: 7}, "") for key in ("pre_tokenizer", "post_processor", "model.merges.0")],
-    *[({"model": None}, ""), ({"model.vocab": []}, ""), ({"model.vocab.x": "7"}, "")],
-    ({"added_tokens": {}}, ""),
-]
-OTHERS = [
-    ("bloom", {TOKENS: named(eos="none")}, "eos_token 'none'"),
-    ("llama", {NAMES: named(bos="[BOS]")}, "bos_token '[BOS]'"),
-    ("bloom", {CONFIG: by_id(bos=10**6)}, "bos_token_id 1000000"),
-    ("bloom", {TOKENS: named(eos=7)}, "eos_token 7"),
-    ("bloom", {TOKENS: named(eos={})}, ""),
-    ("bloom", {CONFIG: by_id(eos="</s>")}, "eos_token_id"),
-    *[("llama", {CONFIG: by_id(eos=[id])}, f"eos_token_id {id}") for id in (-1, True, 420)],
-    ("llama", {TOKENS: {"add_bos_token": "yes"}}, "add_bos_token is 'yes'"),
-    ("llama", {TOKENS: []}, ""),
-    ("llama", {TOKENS: {"added_tokens_decoder": {"x": {}}}}, "tokenizer_config.json"),
-    ("llama", {"added_tokens": {"x": 2**24}}, "16777216"),
-    ("llama", {"added_tokens": []}, "added_tokens.json"),
-    ("bloom", {GENERATION: by_id(eos=500)}, "eos_token_id 500"),
-    ("llama", {TOKENS: {"add_prefix_space": False}}, "add_prefix_space"),
-    ("bloom", {TOKENS: {"add_prefix_space": True}}, "add_prefix_space"),
-    ("bloom", {TOKENS: {"split_special_tokens": True}}, "split_special_tokens is True"),
-    ("llama", {TOKENS: {"sp_model_kwargs": {"enable_sampling": True}}}, "enable_sampling"),
-    ("Qwen2", {TOKENS: None}, "no end-of-sentence token"),
-    ("Llama-3", {TOKENS: named(eos="a", bos="b")}, "[0] begins a text"),
-    *[("bloom", {"edits": edits}, culprit) for edits, culprit in OTHER_BYTES],
-    ("marks", {"edits": {"pre_tokenizer.replacement": "_"}}, "'replacement': '_'"),
-    ("marks", {"edits": {"pre_tokenizer.prepend_scheme": ...}}, "Metaspace"),
-    ("marks", {"edits": {"normalizer": SPACES}}, " +"),
-    ("marks", {"edits": {"model.vocab.<0x0A>": ...}}, "bytes, <0x00>"),
-    ("marks", {"edits": {"decoder": {"type": "ByteLevel"}}}, "ByteLevel"),
-    ("marks", {"edits": {"decoder.decoders.3.start": 2}}, "'start': 2"),
-    ("marks", {"edits": {"model.byte_fallback": False}}, "no byte_fallback"),
-]
-
-
-@pytest.mark.parametrize("family, files, culprit", OTHERS)
-def test_another_tokenizer_is_refused_by_name(tokenizer_folders, tmp_path, family, files, culprit):
-    """Ids that are almost right. But a tokenizer.model is read before a tokenizer.json."""
-    folder = with_files(tokenizer_folders[family], tmp_path, **files)
-    name = "tokenizer.json" if "edits" in files else str(folder)
-    refused(lambda: load_tokenizer(folder), name, culprit)
-    if family == "marks":
-        shutil.copy(tokenizer_folders["llama"] / "tokenizer.model", folder)
-        ours = load_tokenizer(folder)
-        assert ours.paths[0].name == "tokenizer.model" and ours.prompt_prefix == [1]
-
-
-def test_a_folder_without_a_readable_tokenizer_is_named(tokenizer_folders, tmp_path):
-    """A piece that is not UTF-8 fails when it is said; tiktoken's file beside a tokenizer.json."""
-    raw = (tokenizer_folders["baichuan"] / "tokenizer.model").read_bytes()
-    assert raw.count(b"\xe2\x96\x81the") == 1
-    pointer = LFS_POINTER.encode()
-    for name, content, culprit in [
-        ("vocab.json", b"{}", "no tokenizer.json and no tokenizer.model"),
-        ("tokenizer.json", b"{", "tokenizer.json"),
-        ("tokenizer.json", b"[]", "tokenizer.json"),
-        ("tokenizer.json", pointer, "tokenizer.json: a Git LFS pointer; git lfs pull"),
-        ("tokenizer.model", pointer, "tokenizer.model: a Git LFS pointer; git lfs pull"),
-        ("tokenizer.model", b"x", "tokenizer.model"),
-        ("tokenizer.model", raw.replace(b"\x81the", b"\xffthe"), "tokenizer.model"),
-        ("tokenizer.model", b"\x96" + raw, "tokenizer.model"),
-        ("tokenizer.model", b"IQ== 0\nIg== 1\n", "tokenizer.model"),
-    ]:
-        (tmp_path / name).write_bytes(content)
-        refused(lambda: load_tokenizer(tmp_path), str(tmp_path), culprit)
-        (tmp_path / name).unlink()
-    (tmp_path / "tokenizer.model").write_bytes(content)
-    ours = load_tokenizer(with_files(tokenizer_folders["bloom"], tmp_path))
-    assert ours.paths[0].name == "tokenizer.json"
+@pytest.mark.parametrize("name, files, end_ids, front", SPECIAL)
+def test_what_begins_and_ends_a_text_comes_from_the_folders_files(
+    tokenizer_folders, tmp_path, name, files, end_ids, front
+):
+    """A text that never ends, or at an HTML tag; a chat's end of turn as text; another beginning."""
+    shutil.copytree(tokenizer_folders[name], tmp_path, dirs_exist_ok=True)
+    for stem, content in files.items():
+        (tmp_path / f"{stem}.json").write_text(json.dumps(content))
+    ours = load_tokenizer(tmp_path)
+    assert (ours.end_ids, ours.eos_id, ours.prompt_prefix) == (end_ids, end_ids[0], front)
+    assert ours.vocab_size <= files.get(CONFIG, {}).get("vocab_size", 999)
+    assert ours.decode([*ours.encode("das Haus"), *end_ids]).startswith("das Haus")
 
 
 # --------------------------------------------------------------------------------------------------
-# Parallel text, prompts, batches
-
-
-def write(folder, **files):
-    """Text files, or bytes, under names like train_en__de_tsv: train.en-de.tsv."""
-    for name, text in files.items():
-        path = folder / name.replace("__", "-").replace("_", ".")
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-
-
-in_json = lambda source, target: json.dumps({"translation": {"de": target, "en": source}})
-MARK, ITEM = b"\xef\xbb\xbf", in_json("a", "A")
-
-
-def test_the_four_forms_give_the_same_pairs(tmp_path):
-    """Columns or sides swapped; lines split at U+2028; the reverse read before the exact order."""
-    pairs = [("one\u2028line", "eine Zeile"), ("a\x85b", "ab"), ("last", "letzte")]
-    english, german = ("\n".join(side) for side in zip(*pairs))
-    items = [in_json(source, target) for source, target in pairs]
-    columns = "".join(f"{source}\t{target}\n" for source, target in pairs)
-    write(tmp_path, two_en__de_en=english, two_en__de_de=german + "\n", tab_en__de_tsv=columns)
-    write(tmp_path, many_en=MARK + english.encode(), many_de=german.replace("\n", "\r\n") + "\r\n")
-    write(tmp_path, list_de__en_json=MARK + f"[{', '.join(items)}]".encode())
-    write(tmp_path, lines_de__en_json="\n".join(items) + "\n")
-    for split in ("two", "many", "tab", "list", "lines"):
-        assert read_parallel(tmp_path, split, "en-de") == pairs
-        assert read_parallel(tmp_path, split, "de-en") == [pair[::-1] for pair in pairs]
-        assert list_pairs(tmp_path, split) == ["de-en", "en-de"]
-        paths = data.open_parallel(tmp_path, split, "en-de").paths
-        assert {*paths} == {*tmp_path.glob(f"{split}.*")}
-    write(tmp_path, test_de__en_de="d1", test_de__en_en="e1", test_en="e", test_fr="f")
-    write(tmp_path, test_en__de_de="d2", test_en__de_en="e2")
-    assert read_parallel(tmp_path, "test", "de-en") == [("d1", "e1")]
-    assert read_parallel(tmp_path, "test", "en-de") == [("e2", "d2")]
-    assert list_pairs(tmp_path, "test") == ["de-en", "en-de", "en-fr", "fr-en"]
-
-
-def test_only_newlines_end_a_line(tmp_path):
-    """A last line without newline; a carriage return or a byte order mark as text; a pipe."""
-    os.mkfifo(tmp_path / "pipe")
-    for text, lines in [
-        ("", []),
-        ("\n", [""]),
-        ("a", ["a"]),
-        ("\ufeffa\nb", ["a", "b"]),
-        ("ä\r\n\n \u2028\n\u3000\n中\n\tx\n", ["ä", "", " \u2028", "\u3000", "中", "\tx"]),
-        ("\n\nа\r\nб\ufeff", ["", "", "а", "б\ufeff"]),
-    ]:
-        (tmp_path / "text").write_bytes(text.encode())
-        assert data.read_lines(tmp_path / "text") == lines
-        writer = subprocess.Popen(["cp", tmp_path / "text", tmp_path / "pipe"])
-        assert data.read_lines(tmp_path / "pipe") == lines and writer.wait() == 0
-
-
-def test_text_takes_few_bytes_a_pair(tmp_path):
-    """A million captions took 0.7 GB before the first step."""
-    size = 100_000
-    write(tmp_path, train_en="a house\n" * size, train_de="ein Haus\n" * size)
-    tracemalloc.start()
-    try:
-        text = data.open_parallel(tmp_path, "train", "en-de")
-        assert len(text) == size and text[size - 1] == ("a house", "ein Haus")
-        assert tracemalloc.get_traced_memory()[0] < 30 * size
-    finally:
-        tracemalloc.stop()
+# Text and files
 
 
 BOTH = [("a", "A"), ("b", "B")]
-EMPTY_SIDE = "\n".join([ITEM, " ", in_json("c", ""), in_json("b", "B"), ""])
-TWO_LINES = "\n".join([ITEM, in_json("c", "C\nC"), "", in_json("b", "B")])
-QUOTED = '"a, ""b"""\tA\n"c ""d"""\t"D ""E"" F"\n'
-UNQUOTED = [('a, "b"', "A"), ('c "d"', 'D "E" F')]
-# Files, what is read of them, and what is said.
+ITEMS = [{"translation": {"en": source, "de": target}} for source, target in BOTH]
+# Files of train text, and what is said while BOTH are read of them.
 READ = [
-    (dict(train_en="a\n\nc\nb\n", train_de="A\nB\n \nB\n"), BOTH, "skipped 2 of 4"),
-    (dict(train_en="a\nb\n", train_de="A\nB\n", train_en__de_en="c\n"), BOTH, "train.en-de.de"),
-    (dict(train_en="a\n\n\u3000\nb\n", train_de="A\n\nB\nB\n"), BOTH, "skipped 2 of 4"),
-    (dict(train_en__de_tsv="a\tA\n\n\tC\nb\tB\n"), BOTH, "skipped 2 of 4"),
-    (dict(train_en__de_json=EMPTY_SIDE), BOTH, "skipped 2 of 4"),
-    (dict(train_en__de_json=TWO_LINES), BOTH, "skipped 2 of 4"),
-    (dict(train_en__de_tsv='a "b"\tA\n'), [('a "b"', "A")], ""),
-    (dict(train_en__de_tsv=QUOTED), UNQUOTED, "quotes"),
-    (dict(train_en__de_tsv='"a ""b"""\tA\nc "d"\tD\n'), [('"a ""b"""', "A"), ('c "d"', "D")], ""),
-    (dict(train_en__de_tsv='"a"\t"A"\n'), [('"a"', '"A"')], ""),
-    (dict(train_en__de_tsv="a\tA\t1.07\t-2e-3\nb\tB\t.5\t3\n"), BOTH, "numbers"),
-    (dict(train_en__de_tsv="1\t2\n"), [("1", "2")], ""),
-    (dict(train_en__de_tsv="en\tde\na\tA\n"), [("en", "de"), ("a", "A")], "not a header"),
+    (dict(train_en="a\r\nb\r\n", train_de="\ufeffA\nB"), ""),
+    (dict(train_en__de_en="a\nb\n", train_en__de_de="A\nB\n"), ""),
+    (dict(train_de__en_en="a\nb\n", train_de__en_de="A\nB\n"), ""),
+    (dict(train_en__de_tsv="a\tA\nb\tB\n", train_de__en_tsv="X\tx\n"), ""),
+    (dict(train_de__en_tsv="A\ta\nB\tb\n"), ""),
+    (dict(train_en__de_json=json.dumps(ITEMS)), ""),
+    (dict(train_de__en_json="\n".join(map(json.dumps, ITEMS))), ""),
+    (dict(train_en__de_jsonl="\n".join(map(json.dumps, ITEMS)) + "\n"), ""),
+    (dict(train_en="a\n\nc\nb\n", train_de="A\nB\n \nB\n"), "skipped 2 of 4"),
+    (dict(train_en__de_tsv="a\tA\n\n\tC\nb\tB\n"), "skipped 2 of 4"),
+    (
+        dict(train_en__de_json=json.dumps([*ITEMS, {"translation": {"en": "a\nb", "de": "c"}}])),
+        "skipped 1 of 3",
+    ),
 ]
 
 
-@pytest.mark.parametrize("files, pairs, said", READ)
-def test_text_as_others_write_it(tmp_path, capsys, files, pairs, said):
-    """Two lines in a JSON string; quotes of a spreadsheet as text; a score that is refused."""
+@pytest.mark.parametrize("files, said", READ)
+def test_all_forms_of_text_give_the_same_pairs(tmp_path, capsys, files, said):
+    """The wrong side as the source; two lines in a JSON string; pairs out of step behind an empty line."""
     write(tmp_path, **files)
-    assert read_parallel(tmp_path, "train", "en-de") == pairs
+    assert read_parallel(tmp_path, "train", "en-de") == BOTH
+    assert (
+        read_parallel(tmp_path, "train", "de-en") == [(target, source) for source, target in BOTH]
+        or "train_de__en_tsv" in files
+    )
+    assert list_pairs(tmp_path, "train") == ["de-en", "en-de"]
     err = capsys.readouterr().err
     assert said in err and bool(err) == bool(said)
 
 
-BAD_TEXT = [
-    ("en-de", dict(train_en="a\nb\n", train_de="A\n"), ["en has 2 lines", "de has 1"]),
-    ("en-de", dict(train_en=b"a\n\xff", train_de="A\nB"), ["train.en: line 2 of 2", "UTF-8"]),
-    ("en-de", dict(train_en=b"a\nb\n\xe4", train_de="A\nB\nC"), ["train.en: line 3 of 3"]),
-    ("en-de", dict(train_en="a\rb\r", train_de="A\nB\n"), ["train.en", "old Macs"]),
-    ("en-de", dict(train_en=LFS_POINTER, train_de=LFS_POINTER), ["train.en", "git lfs pull"]),
-    ("en-de", dict(train_en__de_tsv="a\tb\tc\n"), ["tsv: line 1 of 1", "3 tab-separated"]),
-    ("en-de", dict(train_en__de_tsv="a\tb\nc\n"), ["tsv: line 2 of 2", "1 tab-separated"]),
-    ("en-de", dict(train_en="a\n"), ["no train text for en-de", "one side, but no train.de"]),
-    ("de-en", dict(train_en__de_en="a\n"), ["one side, but no train.en-de.de"]),
-    ("en-de", dict(train_en="a\n", train_fr="b\n"), ["pairs found: en-fr, fr-en"]),
-    ("en-de", dict(train_en__de_json="[{}]"), ["train.en-de.json: item 1 of 1"]),
-    ("en-de", dict(train_en__de_json=ITEM.replace('"A"', "7")), ["item 1 of 1"]),
-    ("en-de", dict(train_en__de_json="nonsense"), ["train.en-de.json", "JSON"]),
-    ("en-de", dict(train_en__de_json=ITEM.replace("A", "\\ud800")), ["surrogates"]),
-    ("en-xx", dict(train_en="a\n", train_xx="b\n"), ["'xx'", "--language CODE=NAME"]),
-    ("en-de", {}, ["no train text"]),
-    ("en-pt-xx", {}, ["'xx'", "--language"]),
-    *[(pair, {}, [repr(pair), "en-de"]) for pair in ("ende", "en-en", "en-eng_Latn", "en-pt-br")],
-]
+def test_only_newlines_end_a_line(tmp_path):
+    """str.splitlines breaks at U+2028 and eight others, and everything after is out of step."""
+    odd = "a\u2028b\x85c\x0bd\x1ce"
+    write(tmp_path, train_en=f"{odd}\nx\n", train_de="A\nX\n")
+    assert read_parallel(tmp_path, "train", "en-de") == [(odd, "A"), ("x", "X")]
+    lines = ["a\rb", "c\r", "\u2028d\x85e\x0cf\x1cg", "", "h\r\ni"]
+    data.write_lines(tmp_path / "text", lines)
+    raw = (tmp_path / "text").read_bytes().decode()
+    assert raw == "a b\nc\n d e f g\n\nh i\n", "comet-score got 13 references for 12 hypotheses"
+    assert len(raw.splitlines()) == len(lines)
 
 
-@pytest.mark.parametrize("pair, files, culprits", BAD_TEXT)
-def test_bad_text_ends_in_one_line(tmp_path, pair, files, culprits):
-    """A traceback, or a message that names neither the file nor the line."""
-    write(tmp_path, **files)
-    refused(lambda: read_parallel(tmp_path, "train", pair), *culprits)
-    refused(lambda: read_parallel(tmp_path / "nowhere", "train", "en-de"), "nowhere: no train text")
-
-
-def test_languages_by_any_of_their_codes(tmp_path, monkeypatch):
-    """BLEU of Chinese by words of whole sentences; a pair of three parts; files not found."""
+def test_languages_by_any_of_their_codes(monkeypatch):
+    """A pair of three parts; a region for a language; another case; a name that --language gives."""
     assert "xx" not in data.LANGUAGES
     monkeypatch.setattr(data, "LANGUAGES", dict(data.LANGUAGES))
-    data.name_languages("xx=Xeno")
+    data.name_languages("xx=Xeno, ja= Nihongo ")
     for pair, source, target, tokenizer in [
         ("en-de", "English", "German", "13a"),
         ("eng_Latn-zho_Hans", "English", "Chinese", "zh"),
         ("xx_Cyrl-zh-CN", "Xeno", "Chinese", "zh"),
         ("zh-Hant-yue", "Traditional Chinese", "Cantonese", "zh"),
-        ("zho_Hans-zho_Hant", "Chinese", "Traditional Chinese", "zh"),
+        ("en-zh-hans", "English", "Chinese", "zh"),
+        ("EN-pt_br", "English", "Brazilian Portuguese", "13a"),
         ("pt-BR-pt-PT", "Brazilian Portuguese", "Portuguese", "13a"),
+        ("pt-br-en", "Brazilian Portuguese", "English", "13a"),
         ("deu-jpn_Jpan", "German", "Japanese", "ja-mecab"),
-        ("fr-kor", "French", "Korean", "ko-mecab"),
-        ("sr-Latn-sr", "Serbian in Latin script", "Serbian", "13a"),
+        ("sr-cyrl-ja", "Serbian", "Nihongo", "ja-mecab"),
         ("my-tha_Thai", "Burmese", "Thai", "char"),
-        ("xx-my", "Xeno", "Burmese", "char"),
-        ("my-xx", "Burmese", "Xeno", "13a"),
-        ("cmn_Hans-cmn_Hant", "Chinese", "Traditional Chinese", "zh"),
         ("zho-TW-zh_Hans_CN", "Traditional Chinese", "Chinese", "zh"),
-        ("sr_Latn_RS-zh_Hant_HK", "Serbian in Latin script", "Traditional Chinese", "zh"),
-        ("arb_Arab-arb_Latn", "Arabic", "Arabic in Latin script", "13a"),
         ("es-419-en", "Spanish", "English", "13a"),
     ]:
-        codes, folder = data.split_pair(pair), tmp_path / pair
+        codes = data.split_pair(pair)
         assert "-".join(codes) == pair
         assert [*map(data.language_name, codes)] == [source, target]
         assert data.bleu_tokenizer(codes[1]) == tokenizer
         assert f" from {source} to {target}:\n" in data.prompt_text(pair, "a")
-        folder.mkdir()
-        for name in (f"two.{codes[0]}", f"two.{codes[1]}", f"tab.{pair}.tsv"):
-            (folder / name).write_text("a\tb\n")
-        for split in ("two", "tab"):
-            assert list_pairs(folder, split) == sorted([pair, "-".join(codes[::-1])])
-            assert len(read_parallel(folder, split, pair)) == 1
-    assert list_pairs(tmp_path / "en-de", "two") == ["de-en", "en-de"]
-    (tmp_path / "en-de/two.en_US").write_text("a\tb\n")  # English, too: no pair of its own
-    assert list_pairs(tmp_path / "en-de", "two") == ["de-en", "de-en_US", "en-de", "en_US-de"]
-    data.name_languages("ja= Nihongo ")
-    assert data.language_name("jpn") == "Japanese" and data.language_name("ja") == "Nihongo"
-    assert data.bleu_tokenizer("ja") == "ja-mecab"
-    for text in ("", "de", "=German", "de=", "de=Ger\nman", "a=A,,b=B"):
-        refused(lambda: data.read_languages(text), "de=German")
-
-
-def test_a_line_is_one_line_for_every_reader(tmp_path):
-    """comet-score got 13 references for 12 hypotheses."""
-    lines = ["a\rb", "c\r", "\u2028d\x85e\x0cf\x1cg", "", "h\r\ni"]
-    data.write_lines(tmp_path / "text", lines)
-    raw = (tmp_path / "text").read_bytes().decode()
-    assert raw == "a b\nc\n d e f g\n\nh i\n"
-    assert len(raw.splitlines()) == len(open(tmp_path / "text").readlines()) == len(lines)
+    for text in ("de", "=German", "de=", "a=A,,b=B"):
+        refused(lambda: data.read_codes(text), "de=German")
 
 
 def test_examples_and_batches():
@@ -3011,88 +2102,15 @@ def test_examples_and_batches():
 
 
 def test_sisters_have_other_fingerprints(tmp_path):
-    """bloom and bloomz: the same names, shapes and sizes."""
-    tensors = {f"layer.{i}": torch.full((100, 100), float(i)) for i in range(5)}
+    """bloom and bloomz: the same names, shapes and sizes; 14 GB that are read at every start."""
+    tensors = {f"layer.{i}": torch.full((2000, 1000), float(i)) for i in range(3)}
     path, found = tmp_path / "0.safetensors", []
-    for number in (3.0, 3.0, 3.5):
-        data.write_tensors(path, tensors | {"layer.3": torch.full((100, 100), number)})
+    for number in (1.0, 1.0, 1.5):
+        data.write_tensors(path, tensors | {"layer.1": torch.full((2000, 1000), number)})
         found.append(data.fingerprint(path))
     assert found[0] == found[1] != found[2]
-    for damaged in (b"", b"\0" * 8, b"\xff" * 99):
-        path.write_bytes(damaged)
-        refused(lambda: data.fingerprint(path), "0.safetensors")
-    path.write_bytes((10**9).to_bytes(8, "little") + b"{}")
-    assert data.fingerprint(path) not in found  # loading refuses what is cut off
-    (tmp_path / "a.json").write_text("{}")
-    assert data.fingerprint(tmp_path / "a.json") == hashlib.sha256(b"{}").hexdigest()
-
-
-def test_a_lock_follows_no_link_and_removes_nothing_of_others(tmp_path):
-    """A link as lock emptied a file of mine; temporary files of others were swept."""
-    run, mine = tmp_path / "run", tmp_path / "mine"
-    run.mkdir()
-    mine.mkdir()
-    (mine / "keys").write_text("precious")
-    for name, target in (("lock", mine / "keys"), ("lock", mine / "no"), ("hypotheses", mine)):
-        (run / name).symlink_to(target)
-        refused(data.locked(run).__enter__, f"run/{name}", "link")
-        (run / name).unlink()
-    os.mkfifo(run / "lock")
-    refused(data.locked(run).__enter__, "run/lock")
-    (run / "lock").unlink()
-    assert (mine / "keys").read_text() == "precious" and not (mine / "no").exists()
-    left_over = run / "x.json.half-written", run / ".tmpAbCdE1", run / ".tmpbackup"
-    for path in left_over[:2]:
-        path.write_text("")
-    left_over[2].mkdir()
-    (run / "link.half-written").symlink_to(mine / "keys")
-    with data.locked(run):
-        assert all(path.exists() for path in left_over)  # no run wrote these
-    (run / "args.json").write_text("{}")
-    with data.locked(run):
-        assert [path.exists() for path in left_over] == [False, False, True]
-        assert (run / "link.half-written").is_symlink()
-    with data.locked(tmp_path / "new"):
-        assert (tmp_path / "new/lock").read_text().startswith(f"process {os.getpid()} on ")
-    assert not (tmp_path / "new").exists()
-
-
-def test_a_lock_that_cannot_be_had(tmp_path, monkeypatch, capsys):
-    """A lock file that was removed and made again: two held it. A file system without locks."""
-    lock, stat = tmp_path / "lock", os.stat
-    with data.locked(tmp_path):
-        lock.rename(tmp_path / "another")
-        with data.locked(tmp_path):
-            refused(data.locked(tmp_path).__enter__, "in use by process")
-    other = stat(tmp_path / "another")
-    of_another = lambda path, **how: other if path == lock else stat(path, **how)
-    monkeypatch.setattr(os, "stat", of_another)
-    refused(data.locked(tmp_path).__enter__, "in use by")
-    monkeypatch.setattr(os, "stat", stat)
-    failing = data.portalocker.LockException(OSError(95, "Operation not supported"))
-    monkeypatch.setattr(data.portalocker, "lock", lambda *_: (_ for _ in ()).throw(failing))
-    with data.locked(tmp_path):
-        assert capsys.readouterr().err.startswith(f"{tmp_path}: no locks here")
-
-
-def test_what_is_said_is_one_line_and_steers_no_terminal(capsys):
-    """A foreign file's name or a tensor's set the window's title, or took a second line."""
-
-    def fail():
-        raise InputError("h.\u2028mlp \x1b]0;title\x07 \x1b[2J \x1c \x9b2J\u202e ü\n.")
-
-    assert data.exit_status(fail) == 2
-    escaped = "h.\\u2028mlp \\x1b]0;title\\x07 \\x1b[2J \\x1c \\x9b2J\\u202e ü\\n."
-    assert capsys.readouterr().err == f"error: {escaped}\n"
-
-
-def test_an_older_python_is_named_at_once():
-    """torch installs on Python 3.10, where a run ended after minutes in a traceback."""
-    code = "import sys; sys.version_info = (3, 10, 13, 'final', 0); import data"
-    command, folder = [sys.executable, "-c", code], Path(data.__file__).parent
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert done.stderr.startswith("error: Python 3.11 or newer is needed")
+    (tmp_path / "a.json").write_text("{}" * 9999)
+    assert data.fingerprint(tmp_path / "a.json") == hashlib.sha256(b"{}" * 9999).hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3108,59 +2126,8 @@ def test_worked_examples():
     assert data.group_by_length([5, 9, 1, 7], 18) == [[1, 3], [0, 2]]
     assert lander.union({"en-de": [1, 7], "fr-cs": [1, 2]}) == [1, 2, 7]
     assert model.survivors(torch.tensor([True, False, True, True])).tolist() == [0, 3, 2]
-    assert [data.byte_characters()[byte] for byte in (65, 32, 10)] == ["A", "Ġ", "Ċ"]
-    assert data.split_pair("en-de") == ("en", "de")
     line = "Ein\u00a0Haus\u3000steht  da."  # no-break and ideographic spaces stay
     assert data.first_line(f"\n  {line} \nGerman: x") == line and data.first_line("a\u2028b") == "a"
     assert data.first_line(" \n ") == data.first_line("") == ""
     (ids,), _, (targets,) = data.make_batch([([5, 6], [7, 2])], pad_id=3)
     assert (ids.tolist(), targets.tolist()) == ([5, 6, 7], [-100, 7, 2])
-    meaning = {"S": (3, True, 1), "O": (5, False, None), "V": (2, True)}
-    words = demo.toy_words("qaa")
-    assert demo.toy_sentence("qaa", words, meaning) == "dida sesas gelied lefa."
-    assert demo.toy_sentence("qaa", words, meaning, pidgin=True) == "dida sesa geli lefa."
-
-
-def test_the_readme_names_tests_that_there_are():
-    """A test that was renamed, named as proof."""
-    readme = Path(lander.__file__).with_name("README.md").read_text()
-    named = {*re.findall(r"`(test_\w+)`", readme)}
-    assert len(named) > 10 and named <= globals().keys()
-
-
-# --------------------------------------------------------------------------------------------------
-# Real input, where it is there
-
-
-@pytest.mark.skipif(not (SHARED / "checkpoints/bloom-mini").exists(), reason="no such checkpoint")
-def test_a_real_checkpoint_translates_as_in_transformers():
-    """What random weights do not show: scales, long prompts, ends that are learned."""
-    folder = SHARED / "checkpoints/bloom-mini"
-    ours, theirs = load_model(folder, dtype=torch.float32), load_reference(folder)
-    tokenizer, eos_ids = load_tokenizer(folder), [load_tokenizer(folder).eos_id]
-    pairs = read_parallel(SHARED / "data/multi30k", "valid", "en-de")[:8]
-    prompts = [render(tokenizer, "en-de", source) for source, _ in pairs]
-    ((ids, mask, _),) = make_batches(prompts, tokenizer.pad_id, 10**6)
-    assert_close(ours(ids, mask), theirs(ids, attention_mask=mask.long()).logits, mask)
-    for beams in (1, 4):
-        new = ours.generate(ids, mask, 48, eos_ids, beams=beams)
-        for prompt, found in zip(unpadded(ids, mask), new):
-            alone = torch.tensor([prompt])
-            expected = generated(theirs, alone, torch.ones_like(alone), 48, eos_ids, beams)
-            assert [found] == expected
-
-
-@pytest.mark.parametrize("name", ["bloom-style-16k", "baichuan-style-16k"])
-@pytest.mark.skipif(not (SHARED / "tokenizers").exists(), reason="no ../shared/tokenizers")
-def test_real_tokenizers_agree_with_the_libraries(name):
-    """What a vocabulary of 500 does not show: merges of whole words, of other alphabets."""
-    folder, lines = SHARED / "tokenizers" / name, []
-    for code in ("en", "de", "fr", "it", "ar", "zh"):
-        lines += data.read_lines(SHARED / "data/flores200" / f"test.{code}")
-    if name.startswith("bloom"):
-        ours, theirs = compare_ids(folder, lines)
-    else:
-        ours, model = load_tokenizer(folder), f"{folder}/tokenizer.model"
-        theirs = sentencepiece.SentencePieceProcessor(model_file=model)
-        assert [ours.encode(line) for line in lines] == theirs.encode(lines)
-    assert all(ours.decode(ours.encode(line)) == line for line in lines)
