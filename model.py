@@ -19,6 +19,7 @@ import re
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -48,16 +49,25 @@ class Config:
     positions: str = "rotary"  # or "alibi", "learned"
     rotary_base: float = 10000.0
     rotary_scaling: dict | None = None  # as config.json has it, of type linear or llama3
-    longest: int = 2**24 - 1  # input beyond a sliding window or the learned positions is refused
-    norm: str = "rms"  # or "layer", with bias
+    longest: int = 2**24 - 1  # more tokens than there are learned positions are refused
+    window: int = 2**24 - 1  # of the last tokens, as many are seen in the layers
+    window_layers: tuple = ()  # with these numbers
+    window_base: float | None = None  # their rotary base, unscaled, where it is another
+    score_scale: float | None = None  # of query . key; None: 1 / sqrt(d)
+    score_cap: float | None = None  # cap * tanh(score / cap); the same of the logits
+    logit_cap: float | None = None
+    embedding_scale: float | None = None
+    norm: str = "rms"  # or "rms from 1", whose weights are stored less 1, or "layer", with bias
     norm_eps: float = 1e-6
     embedding_norm: bool = False  # a norm right after the embedding
     residual_after_norm: bool = False  # the residual is the norm's output, not its input
+    norm_after: bool = False  # a second norm after attention, and after the FFN
     query_key_value: str = "stacked"  # rows: (3, H, d), or "interleaved" (H, 3, d)
     query_key_value_bias: bool = False
     query_key_norm: bool = False  # an RMS norm of each head's query and key, before rotary
     output_bias: bool = False  # of attention
-    gated: bool = True  # feed-forward: silu(gate) * up, else tanh-GELU(up)
+    gated: bool = True  # feed-forward: activation(gate) * up, else activation(up)
+    activation: str = "silu"  # or "gelu", by its tanh form
     ffn_bias: bool = False
     head: str = "plain"  # "tied" to the embedding, "plain", or "normalized" (unit rows)
 
@@ -77,23 +87,30 @@ class Config:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight: in fp32, cast back before the weight multiplies (LLaMA). [.., D]"""
+    """x / rms(x) * weight: in fp32, cast back before the weight multiplies (LLaMA). [.., D]
 
-    def __init__(self, size, eps):
+    from_1: by 1 + weight, and cast back after that (Gemma)
+    """
+
+    def __init__(self, size, eps, from_1=False):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(size) if from_1 else torch.ones(size))
+        self.eps, self.from_1 = eps, from_1
 
     def forward(self, x):
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        if self.from_1:
+            return (wide * (1 + self.weight.float())).to(x.dtype)
         return wide.to(x.dtype) * self.weight
 
 
-def make_norm(config):
-    # nn.LayerNorm needs no visible cast: its kernels compute in fp32 and round once, at the end.
-    norm = nn.LayerNorm if config.norm == "layer" else RMSNorm
-    return norm(config.hidden_size, eps=config.norm_eps)
+def make_norm(config, size=None):
+    size = size or config.hidden_size
+    if config.norm == "layer":
+        # It needs no visible cast: its kernels compute in fp32 and round once, at the end.
+        return nn.LayerNorm(size, eps=config.norm_eps)
+    return RMSNorm(size, config.norm_eps, from_1=config.norm == "rms from 1")
 
 
 class Linear(nn.Linear):
@@ -146,18 +163,19 @@ def alibi_slopes(heads):
     return torch.tensor(slopes)
 
 
-def attention_bias(config, mask, queries, keys, device, dtype):
+def attention_bias(config, mask, queries, keys, device, dtype, window=2**24 - 1):
     """What is added to attention scores: how far away a key is (ALiBi), and who may see whom.
 
     For the last `queries` of `keys` tokens. Real tokens are contiguous, so the distance of two
     ranks among them is the distance of their indices.
     mask [B, keys] or None -> [1 or B, 1 or H, queries, keys], None where causal order decides alone
     """
-    if config.positions != "alibi" and mask is None and queries in (1, keys):
+    by_order = mask is None and queries in (1, keys) and keys <= window
+    if by_order and config.positions != "alibi" and config.score_cap is None:
         return None
     key = torch.arange(keys, device=device)
     distance = key[keys - queries :, None] - key  # [queries, keys]
-    seen = (distance >= 0)[None, None]
+    seen = ((distance >= 0) & (distance < window))[None, None]
     if mask is not None:
         # A padding query sees itself: with nothing to see, its softmax is NaN, and 0 * NaN poisons
         # the next layer.
@@ -207,6 +225,20 @@ def rotary_angles(config, mask, queries, keys, device):
     return angles.cos(), angles.sin()
 
 
+def what_is_seen(config, mask, queries, keys, x, near=False):
+    """attention_bias and rotary_angles of a layer; near: of one that sees a window of tokens.
+
+    x [B, queries, D]: its device and type -> bias or None, angles or None
+    """
+    window = config.window if near else keys
+    bias = attention_bias(config, mask, queries, keys, x.device, x.dtype, window)
+    if config.positions != "rotary":
+        return bias, None
+    if near and config.window_base:
+        config = replace(config, rotary_base=config.window_base, rotary_scaling=None)
+    return bias, rotary_angles(config, mask, queries, keys, x.device)
+
+
 def apply_rotary(x, cosines, sines):
     """Rotate each pair (x[i], x[i + d/2]) of a head by its angle, in fp32. [B, H, T, d] -> same"""
     first, second = x.float().chunk(2, dim=-1)
@@ -229,8 +261,7 @@ class Attention(nn.Module):
         self.query_key_value = Linear(D, rows, bias=config.query_key_value_bias)
         self.output = Linear(config.heads * d, D, bias=config.output_bias)
         if config.query_key_norm:
-            self.query_norm = RMSNorm(d, config.norm_eps)
-            self.key_norm = RMSNorm(d, config.norm_eps)
+            self.query_norm, self.key_norm = make_norm(config, d), make_norm(config, d)
 
     def forward(self, x, bias, angles, cache, layer):
         """[B, T, D] -> [B, T, D]. The softmax runs in fp32 inside scaled_dot_product_attention."""
@@ -247,11 +278,23 @@ class Attention(nn.Module):
             query, key = apply_rotary(query, *angles), apply_rotary(key, *angles)
         if cache is not None:
             key, value = cache.append(layer, key, value)
-        causal = bias is None and T > 1
-        mixed = functional.scaled_dot_product_attention(
-            query, key, value, bias, is_causal=causal, enable_gqa=H != H_kv
-        )
+        scale, cap = self.config.score_scale, self.config.score_cap
+        if cap is not None:
+            mixed = capped_attention(query, key, value, bias, scale, cap)
+        else:
+            causal = bias is None and T > 1
+            mixed = functional.scaled_dot_product_attention(
+                query, key, value, bias, is_causal=causal, enable_gqa=H != H_kv, scale=scale
+            )
         return self.output(mixed.transpose(1, 2).reshape(B, T, H * d))
+
+
+def capped_attention(query, key, value, bias, scale, cap):
+    """scaled_dot_product_attention of scores that no number exceeds (Gemma 2). [B, H, T, d] -> same"""
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    scores = query @ key.transpose(2, 3) * scale
+    scores = cap * torch.tanh(scores / cap) + bias
+    return scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
 
 
 # The weights of a neuron, and which dimension of each counts the neurons: neuron i is row i of gate
@@ -265,10 +308,13 @@ NEURON_DIMENSION = {
 }
 
 
-class FFN(nn.Module):
-    """Feed-forward layer: tanh-GELU (BLOOM, GPT-2) or gated SiLU (others). A sum over its neurons:
+ACTIVATIONS = {"silu": functional.silu, "gelu": partial(functional.gelu, approximate="tanh")}
 
-    h_i = gelu(up[i] . x + up.bias[i])  or  silu(gate[i] . x) * (up[i] . x)        a neuron
+
+class FFN(nn.Module):
+    """Feed-forward layer, gated (LLaMA, Gemma) or not (BLOOM, GPT-2). A sum over its neurons:
+
+    h_i = act(gate[i] . x) * (up[i] . x)  or  act(up[i] . x + up.bias[i])          a neuron
     y   = sum over i of h_i * down[:, i],  + down.bias
     """
 
@@ -282,10 +328,11 @@ class FFN(nn.Module):
 
     def forward(self, x):
         """[B, T, D] -> [B, T, D]"""
+        activation = ACTIVATIONS[self.config.activation]
         if self.gate is None:
-            h = functional.gelu(self.up(x), approximate="tanh")  # [B, T, F]
+            h = activation(self.up(x))  # [B, T, F]
         else:
-            h = functional.silu(self.gate(x)) * self.up(x)  # [B, T, F]
+            h = activation(self.gate(x)) * self.up(x)  # [B, T, F]
         return self.down(h)
 
     def part(self, index, dtype):
@@ -315,23 +362,29 @@ class FFN(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward, each on the norm of the residual stream x and added to it."""
+    """Attention, then feed-forward, each on the norm of the residual stream x and added to it.
+
+    Gemma norms what is added, too. Behind that norm the sum over neurons is no longer linear in one
+    neuron: what one adds changes the scale of all.
+    """
 
     def __init__(self, config):
         super().__init__()
         self.attention_norm = make_norm(config)
         self.attention = Attention(config)
+        self.after_attention = make_norm(config) if config.norm_after else nn.Identity()
         self.ffn_norm = make_norm(config)
         self.ffn = FFN(config)
+        self.after_ffn = make_norm(config) if config.norm_after else nn.Identity()
         self.residual_after_norm = config.residual_after_norm
 
     def forward(self, x, bias=None, angles=None, cache=None, layer=None):
         """[B, T, D] -> [B, T, D]"""
         normed = self.attention_norm(x)
         attended = self.attention(normed, bias, angles, cache, layer)
-        x = (normed if self.residual_after_norm else x) + attended
+        x = (normed if self.residual_after_norm else x) + self.after_attention(attended)
         normed = self.ffn_norm(x)
-        return (normed if self.residual_after_norm else x) + self.ffn(normed)
+        return (normed if self.residual_after_norm else x) + self.after_ffn(self.ffn(normed))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -381,16 +434,18 @@ class Decoder(nn.Module):
         elif mask is not None and mask[:, 0].all():
             mask = None  # right padding: causal order already hides it from every real token
         if new > self.config.longest:
-            raise InputError(f"{new} tokens, sliding_window or positions: {self.config.longest}")
+            raise InputError(f"{new} tokens, the model has {self.config.longest} positions")
         x = self.embedding(ids)  # [B, T, D]
+        if self.config.embedding_scale is not None:  # rounded as x is: 25.25 in bf16, not 25.3
+            x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)
         if self.config.positions == "learned":
             x = x + self.position_embedding(real_positions(mask, new, keys, ids.device))
         x = self.embedding_norm(x)
-        bias = attention_bias(self.config, mask, new, keys, ids.device, x.dtype)
-        angles = None
-        if self.config.positions == "rotary":
-            angles = rotary_angles(self.config, mask, new, keys, ids.device)
+        near_layers = self.config.window_layers
+        far = what_is_seen(self.config, mask, new, keys, x)
+        near = what_is_seen(self.config, mask, new, keys, x, near=True) if near_layers else None
         for layer, block in enumerate(self.blocks):
+            bias, angles = near if layer in near_layers else far
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, bias, angles, use_reentrant=False)
             else:
@@ -419,7 +474,9 @@ class Decoder(nn.Module):
     def logits(self, hidden, head=None):
         """[.., D] -> [.., V]. `head` is head_weight()'s result, where it is used more than once."""
         weight, norms = head or self.head_weight()
-        logits = functional.linear(hidden, weight)
+        logits, cap = functional.linear(hidden, weight), self.config.logit_cap
+        if cap is not None:
+            logits = cap * torch.tanh(logits / cap)
         return logits if norms is None else (logits / norms).to(logits.dtype)
 
     def next_logits(self, ids, cache, head):
@@ -633,7 +690,8 @@ def read_sizes(published, tied=False):
 
 
 # GPT-2's layers, and BLOOM's: norms with a mean, biases everywhere, no gate.
-BIASED = dict(norm="layer", query_key_value_bias=True, output_bias=True, ffn_bias=True, gated=False)
+BIASED = dict(norm="layer", query_key_value_bias=True, output_bias=True, ffn_bias=True)
+BIASED |= dict(gated=False, activation="gelu")
 
 
 def read_gpt2(published):
@@ -702,7 +760,9 @@ def read_mistral(published):
     """Mistral's config.json. Without num_key_value_heads it has 8, without sliding_window 4096."""
     fields = read_llama({"num_key_value_heads": 8} | published)
     window = published.get("sliding_window", 4096)
-    return fields if window is None else fields | {"longest": window}
+    if window is None:
+        return fields
+    return fields | {"window": window, "window_layers": tuple(range(fields["layers"]))}
 
 
 def read_qwen(published):
@@ -713,8 +773,52 @@ def read_qwen(published):
     new = "query_key_value_bias" if published["model_type"] == "qwen2" else "query_key_norm"
     fields = read_llama(published) | {new: True}
     if published.get("use_sliding_window"):
-        fields["longest"] = published["sliding_window"]
+        near = range(published["max_window_layers"], fields["layers"])
+        fields |= {"window": published["sliding_window"], "window_layers": tuple(near)}
     return fields
+
+
+GEMMA = dict(head_dim=256, tie_word_embeddings=True, max_position_embeddings=8192)
+
+
+def read_gemma(published, pattern, **more):
+    """What the config.json of Gemma 2 and 3 have in common, but for what is named in more."""
+    fields = read_llama(GEMMA | published)
+    kinds = published.get("layer_types")
+    if kinds:
+        near = [layer for layer, kind in enumerate(kinds) if kind == "sliding_attention"]
+    else:  # one layer in so many sees all tokens
+        pattern = published.get("sliding_window_pattern", pattern)
+        near = [layer for layer in range(fields["layers"]) if (layer + 1) % pattern]
+    return fields | dict(
+        window=published.get("sliding_window", 4096),
+        window_layers=tuple(near),
+        score_scale=published.get("query_pre_attn_scalar", 256) ** -0.5,
+        embedding_scale=fields["hidden_size"] ** 0.5,
+        norm="rms from 1",
+        norm_after=True,
+        activation="gelu",
+        **more,
+    )
+
+
+def read_gemma2(published):
+    """Gemma 2's config.json: scores and logits have caps, every second layer a window."""
+    caps = dict(score_cap=published.get("attn_logit_softcapping", 50.0))
+    return read_gemma(published, 2, **caps, logit_cap=published.get("final_logit_softcapping", 30.0))
+
+
+def read_gemma3(published):
+    """Gemma 3's config.json: five of six layers have a window, and a rotary base of their own."""
+    usual = {"vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4}
+    usual |= {"max_position_embeddings": 131072, "rope_theta": 1e6}
+    by_kind = published.get("rope_parameters") or {}  # of files saved since transformers 5
+    near_base = published.get("rope_local_base_freq", 10000.0)
+    if "full_attention" in by_kind:
+        near_base = by_kind["sliding_attention"]["rope_theta"]
+        usual["rope_parameters"] = by_kind["full_attention"]
+        published = {key: own for key, own in published.items() if key != "rope_parameters"}
+    return read_gemma(usual | published, 6, window_base=near_base, query_key_norm=True)
 
 
 # The trap: BLOOM's and Baichuan's fused query, key and value have the same shape, but BLOOM's rows
@@ -762,9 +866,15 @@ LLAMA_NAMES = {
     "head": "lm_head",
 }
 PACKED = {"blocks.{}.attention.query_key_value": "model.layers.{}.self_attn.W_pack"}
+GEMMA_NAMES = LLAMA_NAMES | {  # the trap: LLaMA's post_attention_layernorm is the FFN's
+    "blocks.{}.after_attention": "model.layers.{}.post_attention_layernorm",
+    "blocks.{}.ffn_norm": "model.layers.{}.pre_feedforward_layernorm",
+    "blocks.{}.after_ffn": "model.layers.{}.post_feedforward_layernorm",
+}
 
-# Tensors that are no weights: angles, which are computed in fp32, and who may see whom.
+# Tensors that are no weights of a decoder: angles, who may see whom, and what sees images.
 DROPPED = r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq|h\.\d+\.attn\.(masked_)?bias"
+DROPPED += r"|(vision_tower|multi_modal_projector)\..+"
 
 
 class Family(NamedTuple):
@@ -778,6 +888,8 @@ class Family(NamedTuple):
 
 LLAMA = Family(read_llama, LLAMA_NAMES, {"hidden_act": "silu"})
 GPT2 = {"activation_function": "gelu_new", "scale_attn_by_inverse_layer_idx": False}
+BY_TANH = {"hidden_activation": "gelu_pytorch_tanh", "use_bidirectional_attention": False}
+GEMMA3 = Family(read_gemma3, GEMMA_NAMES, BY_TANH)
 FAMILIES = {
     "bloom": Family(read_bloom, BLOOM_NAMES, {}),
     "baichuan": LLAMA._replace(read=read_baichuan, names=LLAMA_NAMES | PACKED),
@@ -786,17 +898,21 @@ FAMILIES = {
     "qwen2": LLAMA._replace(read=read_qwen),
     "qwen3": LLAMA._replace(read=read_qwen),
     "gpt2": Family(read_gpt2, GPT2_NAMES, GPT2, transposed=True),
+    "gemma2": GEMMA3._replace(read=read_gemma2),
+    "gemma3_text": GEMMA3,
 }
 
 
 def read_config(published):
     """The contents of a config.json -> Config. ValueError names what would be another function."""
+    if published["model_type"] == "gemma3":  # with images: its text part is a model of its own
+        published = published["text_config"] | {"architectures": ["Gemma3ForCausalLM"]}
     name = published["model_type"]
     if name not in FAMILIES:
         raise ValueError(f"model_type is {name!r}, expected one of {', '.join(FAMILIES)}")
     family = FAMILIES[name]
     for key, value in {**family.computes, "quantization_config": None}.items():
-        if published.get(key, value) != value:
+        if published.get(key) not in (None, value):
             raise ValueError(f"{key} is {published[key]!r}, expected {value!r}")
     config = Config(family=name, published=published, **family.read(published))
     for field in fields(config):
@@ -865,7 +981,7 @@ def checkpoint_files(folder):
 
 def bare(name):
     """A tensor's name without what stands in front of it in some files and not in others."""
-    return re.sub(r"^(transformer|model)\.", "", name)
+    return re.sub(r"^(transformer\.|model\.|language_model\.)+", "", name)
 
 
 def check_names(folder, wanted, found):
