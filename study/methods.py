@@ -1,16 +1,14 @@
-"""What learns: the method, the method without each of its parts, its rivals, and its variants.
+"""What learns: the method, other choices of its neurons, and baselines.
 
-A method is a function (model, context) -> learners: it changes the model as it needs, and says which
-parameters learn from which pair, {"en-de": {name: Parameter}}. A keeper goes with any method: it
-holds what learns near its start. compare.py does the rest: the same training, with the same batches,
-and the same evaluation for all.
+A method is a function (model, context) -> {name: Parameter}: it changes the model as it needs, and
+says which parameters learn. compare.py does the rest: the same training, with the same batches, and
+the same evaluation for all. A method of one's own is a function here and a line in METHODS.
 
-In this file: LANDeRMT and its parts; whole weights; LoRA and adapters; the public scripts' recipe;
-keepers.
+In this file: LANDeRMT and other choices of its neurons; whole weights; LoRA; the recipe of the
+public scripts; KL to the start.
 """
 
 import math
-from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -25,66 +23,53 @@ from model import Linear
 
 
 class Context(NamedTuple):
-    """What the cells of a grid share."""
+    """What the runs of a grid share: everything that is found before training."""
 
-    settings: lander.Settings
+    settings: object  # of lander.read_settings
     tokenizer: object
     inputs: lander.Inputs
-    tuned: list  # pairs
-    differences: dict  # pair -> [L-1], by representation analysis
-    awareness: torch.Tensor  # [P, L, F] of the neurons of all layers
-    channels: torch.Tensor  # [P, L, H * d] of what attention's output reads
-    adjacent: list = ()  # the layers that the public scripts' recipe trains
-    languages: dict = {}  # language -> name of a module -> [out], how much each output matters
-    valid: dict = {}  # pair -> rendered examples, of the same sentences in every pair
-    plain: dict = {}  # language -> ids of those sentences
-    start_text: dict = {}  # split -> pair -> rendered sources with the start's own translations
+    pair: str  # that is tuned
+    valid: dict  # pair -> rendered examples
+    started: dict  # pair that is not tuned -> sources with the start's own translations, rendered
+    scores: dict  # by name, see compare.find_scores
+
+    def of_pairs(self, name):
+        """What a score says of every neuron of all layers, for each pair. -> [P, L, F]"""
+        return torch.stack([self.scores[f"{name} {pair}"] for pair in self.inputs.scoring])
 
 
 # --------------------------------------------------------------------------------------------------
-# LANDeRMT, and without each of its parts
+# LANDeRMT, and other choices of its neurons
 
 
-def select(context, k=None):
-    """pair -> the k layers that representation analysis selects; k: as --layers says"""
-    k = k or context.settings.layers
-    return {pair: lander.select_layers(context.differences[pair], k) for pair in context.tuned}
+def selected_layers(context):
+    return lander.select_layers(context.scores["differences"], context.settings.layers)
 
 
-def install(model, context, selected, awareness=None, epsilon=None, routing=True, channels=None):
-    """Group units of some layers, and route, as lander.py does; say what learns. -> learners"""
-    awareness = context.awareness if awareness is None else awareness
-    epsilon = context.settings.epsilon if epsilon is None else epsilon
-    layers, pairs = lander.union(selected), list(context.inputs.scoring)
-    own = awareness[:, layers]  # [P, K, F]
+def install(model, context, awareness, channels=None):
+    """Group units of the selected layers by scores, and route, as lander.py does."""
+    layers, pairs = selected_layers(context), list(context.inputs.scoring)
+    own, epsilon = awareness[:, layers], context.settings.epsilon  # [P, K, F]
     owner = lander.categorize(own, epsilon)
-    groups = lander.describe_groups(own, owner, pairs, selected)
+    groups = lander.describe_groups(own, owner, pairs, {context.pair: layers})
     if channels is not None:
         lander.add_channels(groups, channels[:, layers], model.config, pairs, epsilon)
-    lander.install_routing(model, groups, routing)
-    return {pair: lander.what_learns(model, pair) for pair in context.tuned}
+    lander.install_routing(model, groups)
+    return lander.what_learns(model, context.pair)
 
 
-def landermt(model, context, k=None, epsilon=None):
+def landermt(model, context):
     """LANDeRMT as lander.py runs it."""
-    return install(model, context, select(context, k), epsilon=epsilon)
+    return install(model, context, context.of_pairs("awareness"))
 
 
-def no_car(model, context, part=""):
-    """The same neurons without routing, or those of one part: the paper's LANDeRMT-LS is specific."""
-    learners = {}
-    for pair, own in install(model, context, select(context), routing=False).items():
-        learners[pair] = {name: parameter for name, parameter in own.items() if part in name}
-    return learners
-
-
-def random_layers(model, context):
-    """As many layers as representation analysis selects, any but the first."""
-    selected = {}
-    for pair in context.tuned:
-        order = torch.randperm(model.config.layers - 1) + 1
-        selected[pair] = sorted(order[: context.settings.layers].tolist())
-    return install(model, context, selected)
+def no_car(model, context):
+    """The same neurons without routing."""
+    learners = landermt(model, context)
+    for block in model.blocks:
+        if isinstance(block.ffn, lander.RoutedFFN):
+            block.ffn.share = {}
+    return {name: parameter for name, parameter in learners.items() if ".router." not in name}
 
 
 def shuffled(awareness):
@@ -95,18 +80,66 @@ def shuffled(awareness):
 
 def random_scores(model, context):
     """Neurons of the same number in each group, by chance instead of by awareness."""
-    return install(model, context, select(context), shuffled(context.awareness))
+    return install(model, context, shuffled(context.of_pairs("awareness")))
+
+
+def activation(model, context):
+    """Neurons by |h| alone, without a gradient."""
+    return install(model, context, context.of_pairs("activation"))
 
 
 def all_units(model, context):
     """LANDeRMT as lander.py runs it with --units all: attention's channels, too."""
-    return install(model, context, select(context), channels=context.channels)
+    return install(model, context, context.of_pairs("awareness"), context.of_pairs("channels"))
 
 
 def all_units_random(model, context):
     """The same numbers of neurons and channels, by chance."""
-    awareness, channels = shuffled(context.awareness), shuffled(context.channels)
-    return install(model, context, select(context), awareness, channels=channels)
+    awareness, channels = (context.of_pairs(name) for name in ("awareness", "channels"))
+    return install(model, context, shuffled(awareness), shuffled(channels))
+
+
+def lape(model, context):
+    """Neurons by language activation probability entropy (Tang et al. 2024).
+
+    p is how often a neuron is active on a language's text. Those of lowest entropy over languages
+    are specific, each to the language where p is highest, and a pair owns its target language's. The
+    paper's filter of rare activations is left out. Shares, routing and training are LANDeRMT's.
+    """
+    codes = languages(context.inputs.scoring)
+    active = torch.stack([context.scores[f"active {code}"] for code in codes])  # [languages, L, F]
+    part = active / active.sum(0).clamp(min=1e-9)
+    entropy = -(part * part.clamp(min=1e-9).log()).sum(0)  # [L, F]
+    specific = round((1 - context.settings.epsilon) * entropy.shape[-1])
+    target = codes.index(split_pair(context.pair)[1])
+    awareness = lander.scale_awareness(context.of_pairs("awareness"))
+    awareness = awareness[list(context.inputs.scoring).index(context.pair)]  # [L, F]
+    groups = {}
+    for layer in selected_layers(context):
+        owner = torch.full((entropy.shape[-1],), -1)
+        chosen = entropy[layer].argsort(stable=True)[:specific]
+        owner[chosen] = active[:, layer, chosen].argmax(0)
+        share = lander.general_share(awareness[layer], owner == -1, owner == target)
+        owned = lander.owned_by(owner, [*codes[:target], context.pair, *codes[target + 1 :]])
+        groups[str(layer)] = {"specific": owned, "share": {context.pair: share}}
+    lander.install_routing(model, groups)
+    return lander.what_learns(model, context.pair)
+
+
+SHARE = 0.3  # of the neurons of all layers
+
+
+def some_neurons(model, context, order):
+    """A share of each layer's neurons, without groups or routing. order: awareness [F] -> [F]"""
+    place = list(context.inputs.scoring).index(context.pair)
+    groups = {}
+    for layer, awareness in enumerate(context.of_pairs("awareness")[place]):
+        ranked = order(awareness).argsort(descending=True)
+        frozen = ranked[round(SHARE * len(ranked)) :].tolist()
+        groups[str(layer)] = {"specific": {"": frozen, context.pair: []}}
+        groups[str(layer)]["share"] = {context.pair: None}
+    lander.install_routing(model, groups)
+    return lander.what_learns(model, context.pair)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -114,31 +147,26 @@ def all_units_random(model, context):
 
 
 def weights(model, context, where=("blocks.",)):
-    """Train linear layers, all that have one of these in their names, as fp32 masters."""
-    own = {}
+    """Linear layers, all that have one of these in their names, as fp32 masters."""
+    learners = {}
     for name, module in model.named_modules():
         if isinstance(module, Linear) and any(place in name for place in where):
-            own |= module.float().named_parameters(name)
-    return dict.fromkeys(context.tuned, own)
+            learners |= module.float().named_parameters(name)
+    return learners
 
 
 def full(model, context):
     """Full finetuning: every weight."""
-    own = dict(model.float().named_parameters())
-    return dict.fromkeys(context.tuned, own)
+    return dict(model.float().named_parameters())
 
 
 def layers(model, context):
     """The paper's Layers: every weight of the selected layers' FFNs."""
-    learners = {}
-    for pair, selected in select(context).items():
-        where = [f"blocks.{layer}.ffn." for layer in selected]
-        learners[pair] = weights(model, context, where)[pair]
-    return learners
+    return weights(model, context, [f"blocks.{layer}.ffn." for layer in selected_layers(context)])
 
 
 # --------------------------------------------------------------------------------------------------
-# LoRA and adapters
+# LoRA
 
 
 class LoRA(nn.Module):
@@ -161,72 +189,13 @@ class LoRA(nn.Module):
         return self.linear(x) + functional.linear(low, self.lora_b.to(x.dtype)) * self.scale
 
 
-def add_lora(model, rank=8, where=""):
-    """Put a LoRA around the linear layers of the blocks that have `where` in their names.
-
-    alpha = 2 r, as in practice.
-    """
+def lora(model, context, rank):
+    """LoRA on every linear layer of the blocks; alpha = 2 r, as in practice."""
     for name, module in list(model.blocks.named_modules()):
-        if isinstance(module, Linear) and where in name and module.weight.numel():
+        if isinstance(module, Linear) and module.weight.numel():
             parent, _, child = name.rpartition(".")
             setattr(model.blocks.get_submodule(parent), child, LoRA(module, rank, 2 * rank))
-
-
-class Adapter(nn.Module):
-    """x + W_up relu(W_down norm(x)), after each FFN's residual sum (Bapna & Firat 2019).
-
-    W_up starts at zero, so that the start is the base model.
-    """
-
-    def __init__(self, hidden_size, size, device):
-        super().__init__()
-        self.norm = nn.LayerNorm(hidden_size, device=device)
-        self.down = nn.Linear(hidden_size, size, device=device)
-        self.up = nn.Linear(size, hidden_size, device=device)
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
-
-    def forward(self, x):
-        """[B, T, D] -> [B, T, D]"""
-        return x + self.up(torch.relu(self.down(self.norm(x.float())))).to(x.dtype)
-
-
-ADAPTER_SIZE = 64
-
-
-def add_adapters(model):
-    def adapt(block, inputs, output):
-        return block.adapter(output)
-
-    for block in model.blocks:
-        device = block.ffn.up.weight.device
-        block.adapter = Adapter(model.config.hidden_size, ADAPTER_SIZE, device)
-        block.register_forward_hook(adapt)
-
-
-def added(model, context):
-    """Everything that was added to the checkpoint's own parameters learns, with every pair."""
-    own = {}
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name or ".adapter." in name:
-            own[name] = parameter
-    return dict.fromkeys(context.tuned, own)
-
-
-def lora_all(model, context, rank=8):
-    add_lora(model, rank)
-    return added(model, context)
-
-
-def adapters(model, context):
-    add_adapters(model)
-    return added(model, context)
-
-
-def adapter_lora(model, context):
-    """Both at once. The paper does not say what its Adapter-LoRA is: this is our reading."""
-    add_lora(model, where=".attention.")
-    return adapters(model, context)
+    return {name: p for name, p in model.named_parameters() if ".lora_" in name}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -235,6 +204,11 @@ def adapter_lora(model, context):
 # github.com/rainyuniverse/llm_interpre is very likely the authors'. There a unit is an output of any
 # module of a block: a row of its weight and its bias. Languages own units, not pairs; a row's
 # gradient is scaled by its awareness, and nothing is routed.
+
+
+def languages(pairs):
+    """The languages of some pairs, in their order. ["en-de", "fr-en"] -> ["en", "de", "fr"]"""
+    return list(dict.fromkeys(code for pair in pairs for code in split_pair(pair)))
 
 
 class Selected(nn.Module):
@@ -290,8 +264,7 @@ def output_awareness(model, sentences):
     The loss is a sentence's mean over its tokens, each predicted from those before it; the score is
     the mean over tokens, then the sum over sentences. sentences: lists of ids -> name -> [out]
     """
-    outputs = {}
-    total = {}
+    outputs, total = {}, {}
 
     def record(name, module, inputs, output):
         outputs[name] = output.requires_grad_()
@@ -311,153 +284,80 @@ def output_awareness(model, sentences):
 
 
 def scripts(model, context):
-    """General units and those of a pair's two languages, in layers that all pairs share.
+    """General units and those of a pair's two languages, in adjacent layers.
 
-    The highest variances of a module, unscaled, make its specific units. Several pairs are mixed in
-    each step, so that what a pair may move is a matter of its own part of the gradient: the hook
-    asks for model.pair, which the training sets.
+    The highest variances of a module, unscaled, make its specific units.
     """
-    codes = list(context.languages)
-    own = {}
-    for name, module in modules_with_units(model, context.adjacent).items():
-        scores = torch.stack([context.languages[code][name] for code in codes])  # [languages, out]
-        specific = round((1 - context.settings.epsilon) * scores.shape[1])
-        owner = scores.argmax(0)
-        general = torch.ones_like(owner, dtype=torch.bool)
-        general[scores.var(0).argsort(descending=True, stable=True)[:specific]] = False
-        factors = {}  # of the rows' gradients
-        for pair in context.tuned:
-            languages = [codes.index(code) for code in split_pair(pair)]
-            awareness = scores[languages].mean(0)
-            trained = general | torch.isin(owner, torch.tensor(languages))
-            factors[pair] = trained * awareness / awareness.mean()
-        rows = sum(factors.values()).nonzero().flatten()
+    learners, codes = {}, languages(context.inputs.scoring)
+    adjacent = adjacent_layers(context.scores["differences with targets"], context.settings.layers)
+    own = torch.tensor([codes.index(code) for code in split_pair(context.pair)])
+    for name, module in modules_with_units(model, adjacent).items():
+        scores = torch.stack([context.scores[f"outputs {code} {name}"] for code in codes])
+        specific = round((1 - context.settings.epsilon) * scores.shape[1])  # of [languages, out]
+        trained = torch.isin(scores.argmax(0), own)
+        general = scores.var(0).argsort(descending=True, stable=True)[specific:]
+        trained[general] = True
+        awareness = scores[own].mean(0)
+        rows = (trained * awareness).nonzero().flatten()
         for kind, _ in list(module.named_parameters()):
             ((long_name, part),) = learn_rows(model, f"{name}.{kind}", rows).items()
-            own_factors = {pair: factor[rows] for pair, factor in factors.items()}
-            part.requires_grad_(True).register_hook(partial(scale_rows, model, own_factors))
-            own[long_name] = part
-    return dict.fromkeys(context.tuned, own)
+            factor = (awareness / awareness.mean())[rows]
+            part.requires_grad_(True).register_hook(partial(scale_rows, model, factor))
+            learners[long_name] = part
+    return learners
 
 
-def scale_rows(model, factors, gradient):
-    """As the pair of the batch says; other pairs' text, a keeper's, scales nothing.
-
-    factors: tuned pair -> [rows]; gradient: [rows, ..]
-    """
-    if model.pair not in factors:
+def scale_rows(model, factor, gradient):
+    """Of the tuned pair; other pairs' text, as KL's, scales nothing. factor [rows]; gradient [rows, ..]"""
+    if getattr(model, "reads_other_pairs", False):
         return gradient
-    factor = factors[model.pair].to(gradient)
-    return gradient * factor.view(-1, *[1] * (gradient.dim() - 1))
+    return gradient * factor.to(gradient).view(-1, *[1] * (gradient.dim() - 1))
 
 
-def route(model, pair):
-    """What comes next is text of that pair; None: of one that is not tuned."""
-    lander.route(model, pair)
-    model.pair = pair
-
-
-PARTS = {
+METHODS = {
     "lander": landermt,
     "no-car": no_car,
-    "specific-only": partial(no_car, part=".specific."),
-    "general-only": partial(no_car, part=".general."),
-    "random-layers": random_layers,
     "random-scores": random_scores,
+    "activation": activation,
+    "lape": lape,
     "units-all": all_units,
     "units-random": all_units_random,
-}
-RIVALS = {
+    "most-aware": partial(some_neurons, order=lambda awareness: awareness),
+    "by-chance": partial(some_neurons, order=torch.rand_like),
+    "least-aware": partial(some_neurons, order=torch.neg),
     "full": full,
     "layers": layers,
     "linear": weights,
-    "ffn": partial(weights, where=[".ffn."]),
     "attention": partial(weights, where=[".attention."]),
-    "lora-all": lora_all,
-    "lora-32": partial(lora_all, rank=32),
-    "adapters": adapters,
-    "adapter-lora": adapter_lora,
+    "lora-8": partial(lora, rank=8),
+    "lora-32": partial(lora, rank=32),
     "scripts": scripts,
 }
-SWEEPS = {
-    **{f"k={k}": partial(landermt, k=k) for k in (1, 2, 3, 4, 5, 7)},
-    **{f"epsilon={e}": partial(landermt, epsilon=e) for e in (0.5, 0.75, 0.8, 0.85, 0.95, 1.0)},
-}
-METHODS = PARTS | RIVALS | SWEEPS
 
 
 # --------------------------------------------------------------------------------------------------
-# Keepers: what holds any method near its start
-
-
-def pulls(model, parameters, radius):
-    """name -> L, AdamW's decay to the start: no weight moves farther than 1 / L.
-
-    1 / L = radius * rms(W), of each tensor's start, so that a radius means the same on every model.
-    LoRA's B starts at zero: there radius * rms(W) bounds (alpha / r) B A, A as it started. Nothing
-    pulls other tensors of zeros, routers above all: other pairs are not routed.
-    """
-    rms = lambda tensor: tensor.detach().float().square().mean().sqrt().item()
-    strengths = {}
-    for name, parameter in parameters.items():
-        size = rms(parameter)
-        if name.endswith(".lora_b"):
-            lora = model.get_submodule(name.removesuffix(".lora_b"))
-            rank = len(lora.lora_a)
-            size = rms(lora.linear.weight) / (lora.scale * math.sqrt(rank) * rms(lora.lora_a))
-        strengths[name] = 1 / (radius * size) if size else 0.0
-    return strengths
-
-
-def fisher(model, parameters, examples):
-    """name -> the square of the gradient of each sentence's loss, summed, over its mean.
-
-    examples: of other pairs, [(prompt ids, target ids), ...]
-    """
-    model.requires_grad_(False)
-    squares = {}
-    for name, parameter in parameters.items():
-        parameter.requires_grad_(True)
-        squares[name] = torch.zeros_like(parameter)
-    route(model, None)
-    for example in examples:
-        lander.target_loss(model, make_batch([example], 0)).backward()
-        for name, parameter in parameters.items():
-            if parameter.grad is not None:  # a router learns from its own pair alone
-                squares[name] += parameter.grad.square()
-                parameter.grad = None
-    mean = torch.cat([square.flatten() for square in squares.values()]).mean()
-    return {name: square / mean for name, square in squares.items()}
+# KL to the start (+kl=B)
 
 
 @torch.no_grad()
-def pull_to_start(parameters, start, strengths, rate):
-    """A step of decay: strength * rate of the way back. strengths: name -> number or tensor"""
+def swap(parameters, values):
+    """Exchange what parameters hold and values. Both name -> tensor"""
     for name, parameter in parameters.items():
-        part = torch.as_tensor(rate * strengths[name], dtype=parameter.dtype).clamp(max=1)
-        parameter.lerp_(start[name], part.to(parameter.device))
-
-
-@contextmanager
-def at_start(parameters, start):
-    """While open, the model is what it was before training."""
-    now = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    lander.load_parameters("", start, parameters)
-    try:
-        yield
-    finally:
-        lander.load_parameters("", now, parameters)
-
-
-def log_probabilities(model, batch):
-    """Of the next token, at each target token. -> [N, V]"""
-    hidden, _ = lander.target_states(model, batch)
-    return model.logits(hidden).float().log_softmax(-1)
+        held = parameter.detach().clone()
+        parameter.copy_(values[name])
+        values[name] = held
 
 
 def kl_from_start(model, batch, parameters, start):
-    """KL(p0 || p), summed over target tokens; p0 is what the model said before training."""
-    with at_start(parameters, start), torch.no_grad():
-        before = log_probabilities(model, batch)
-    now = log_probabilities(model, batch)
+    """KL(start || now), summed over target tokens. start: name -> what a parameter was"""
+
+    def log_probabilities():
+        states, _ = lander.target_states(model, batch)
+        return model.logits(states).float().log_softmax(-1)  # [N, V]
+
+    swap(parameters, start)
+    with torch.no_grad():
+        before = log_probabilities()
+    swap(parameters, start)
+    now = log_probabilities()  # after the swaps, which would spoil its graph
     return functional.kl_div(now, before, log_target=True, reduction="sum")
