@@ -33,25 +33,41 @@ from safetensors.torch import load_file, save_file
 # The prompt
 
 
-PROMPT = "Translate this from {source} to {target}:\n{source}: {text}\n{target}:"
+# A space at the end belongs to the target: "German: Das", and " Das" is one token as a rule.
+PROMPT = "Translate this from {source} to {target}:\n{source}: {text}\n{target}: "
 
 
-def prompt_text(pair, source):
+def read_prompt(path):
+    """A prompt of one's own, from a file like PROMPT. A line break at its end is dropped."""
+    prompt = read_text(path).removesuffix("\n")
+    if prompt.count("{text}") != 1 or "{source}" not in prompt or "{target}" not in prompt:
+        expected = "expected {text} once, and {source} and {target} at least once"
+        raise InputError(f"{path}: {expected}, as in {PROMPT!r}")
+    return prompt
+
+
+def prompt_text(pair, source, prompt=PROMPT):
     """The prompt of training and evaluation. "en-de", "A house." -> "Translate this from ..." """
-    first, second = (language_name(code) for code in split_pair(pair))
-    return PROMPT.format(source=first, target=second, text=source)
+    first, second = pair_name(pair)
+    filled = prompt.removesuffix(" ").replace("{source}", first).replace("{target}", second)
+    return filled.replace("{text}", source)
 
 
-def render(tokenizer, pair, source, target=None):
+def render(tokenizer, pair, source, target=None, prompt=PROMPT):
     """A translation example: (prompt ids, target ids). The target's end in eos; [] for None.
 
     Prompt and target are tokenized apart and joined, in training as in generation, so that no
     merge crosses the boundary. That is what the joined text gives, where a tokenizer splits there.
     """
-    prompt_ids = [*tokenizer.prompt_prefix, *tokenizer.encode(prompt_text(pair, source))]
+    text = prompt_text(pair, source, prompt)
+    ids = tokenizer.encode(text)
+    prompt_ids = [*tokenizer.prompt_prefix, *ids]
     if target is None:
         return prompt_ids, []
-    target_ids = tokenizer.encode(f"{tokenizer.target_prefix}{target}")
+    if prompt.endswith(" "):
+        target_ids = tokenizer.encode(f"{tokenizer.target_prefix}{target}")
+    else:  # glued on: alone, LLaMA's tokenizers would put a space in front
+        target_ids = tokenizer.encode(text + target)[len(ids) :]
     return prompt_ids, [*target_ids, tokenizer.eos_id]
 
 
@@ -176,10 +192,8 @@ def language_name(code):
 
 
 def bleu_tokenizer(code, references=()):
-    """What sacreBLEU splits a target language by: "zho_Hans" -> "zh", "de" -> "13a".
-
-    "char" in any language whose references have fewer than a space in fifteen characters.
-    """
+    """What sacreBLEU splits a target language by: "zho_Hans" -> "zh", "de" -> "13a"; "char" where
+    the references have fewer than a space in fifteen characters."""
     tokenizer = BLEU_TOKENIZERS.get(re.split("[-_]", code.lower())[0], "13a")
     text = "".join(references)
     return "char" if tokenizer == "13a" and text.count(" ") * 15 < len(text) else tokenizer
@@ -200,6 +214,11 @@ def split_pair(pair):
     raise InputError(f"pair {pair!r}: expected two language codes, source first, as in en-de")
 
 
+def pair_name(pair):
+    """ "en-de", "eng_Latn-deu" -> ("English", "German"): what makes two spellings one pair."""
+    return tuple(language_name(code) for code in split_pair(pair))
+
+
 # --------------------------------------------------------------------------------------------------
 # Parallel text
 
@@ -216,13 +235,10 @@ def read_columns(path, source_column):
     """Tab-separated text, the source in column 0 or 1. -> sources, targets"""
     rows = []
     for number, line in enumerate(read_lines(path), 1):
-        row = line.split("\t") if line.strip() else ["", ""]
-        if len(row) != 2:
-            expected = "expected 2 (cut -f1,2 keeps the first two)"
-            raise InputError(
-                f"{path}: line {number} has {len(row)} tab-separated columns, {expected}"
-            )
-        rows.append(row)
+        rows.append(line.split("\t") if line.strip() else ["", ""])
+        if len(rows[-1]) != 2:
+            found = f"line {number} has {len(rows[-1])} tab-separated columns"
+            raise InputError(f"{path}: {found}, expected 2 (cut -f1,2 keeps the first two)")
     return [row[source_column] for row in rows], [row[1 - source_column] for row in rows]
 
 
@@ -233,14 +249,17 @@ def read_translations(path, source, target):
     items, columns = read_json(path) if is_list else lines, ([], [])
     for number, item in enumerate(items, 1):
         with reading(f"{path}: {'item' if is_list else 'line'} {number}"):
-            if not is_list:
-                item = (
-                    json.loads(item) if item.strip() else {"translation": {source: "", target: ""}}
-                )
+            item = item if is_list else json.loads(item)
             for column, code in zip(columns, (source, target)):
                 column.append("" + item["translation"][code])  # text, or a TypeError
                 column[-1].encode()  # half of a surrogate pair is no text
     return columns
+
+
+def split_name(folder, split):
+    """What a split's files are called: development text has three names."""
+    names = [split] if split != "valid" else ["valid", "dev", "val"]
+    return next((name for name in names if any(Path(folder).glob(f"{name}.*"))), split)
 
 
 def candidates(folder, split, source, target):
@@ -248,15 +267,14 @@ def candidates(folder, split, source, target):
 
     In order of preference: the exact order of the pair, the reverse, multi-way text.
     """
+    split = split_name(folder, split)
+    read_alma = partial(read_translations, source=source, target=target)
     for first, second in ((source, target), (target, source)):
         stem = f"{folder}/{split}.{first}-{second}"
         yield [Path(f"{stem}.{source}"), Path(f"{stem}.{target}")], read_two_files
         yield [Path(f"{stem}.tsv")], partial(read_columns, source_column=int(first != source))
-        for ending in ("json", "jsonl"):
-            yield (
-                [Path(f"{stem}.{ending}")],
-                partial(read_translations, source=source, target=target),
-            )
+        yield [Path(f"{stem}.json")], read_alma
+        yield [Path(f"{stem}.jsonl")], read_alma
     yield [Path(f"{folder}/{split}.{source}"), Path(f"{folder}/{split}.{target}")], read_two_files
 
 
@@ -264,19 +282,28 @@ def open_parallel(folder, split, pair):
     """Sentence pairs of one direction, and the files they lie in. -> [(source, target), ...], paths
 
     Reads {split}.{pair}.{lang}, .tsv (columns in the pair's order), .json or .jsonl (ALMA's), in
-    either order of the pair, or multi-way {split}.{lang}. Pairs with an empty side, or with a line
-    break inside, are skipped and counted.
+    either order of the pair, or multi-way {split}.{lang}; any codes of the two languages will do.
+    Pairs with an empty side, or with a line break inside, are skipped and counted.
     """
-    halves = ""
-    for paths, read in candidates(folder, split, *split_pair(pair)):
+    offered, found, problem = list_pairs(folder, split), [], ""
+    spelled = [other for other in offered if pair_name(other) == pair_name(pair)]
+    source, target = split_pair(pair if pair in offered else [*spelled, pair][0])
+    for paths, read in candidates(folder, split, source, target):
         missing = [path.name for path in paths if not path.exists()]
         if not missing:
-            break
-        if len(missing) < len(paths):
-            halves += f"; there is one side, but no {missing[0]}"
-    else:
-        found = ", ".join(list_pairs(folder, split)) or "none"
-        raise InputError(f"{folder}: no {split} text for {pair}{halves}; pairs found: {found}")
+            found.append((paths, read))
+        elif len(missing) < len(paths):
+            problem += f"; there is one side, but no {missing[0]}"
+    if not found:
+        there = sorted(path.name for path in Path(folder).glob(f"{split}.*"))[:9]
+        expected = (
+            f"{', '.join(there) or 'no such file'}; pairs found: {', '.join(offered) or 'none'}"
+        )
+        raise InputError(f"{folder}: no {split} text for {pair}{problem}, in {expected}")
+    (paths, read), *others = found
+    others = [other[0].name for other, _ in others if f".{target}-{source}." not in other[0].name]
+    if others:
+        note(f"{folder}: {split} {pair}: {paths[0].name} is read, not {', '.join(others)}")
     sources, targets = read(*paths)
     pairs = []
     for source, target in zip(sources, targets):
@@ -295,7 +322,10 @@ def read_parallel(folder, split, pair):
 
 def list_pairs(folder, split):
     """The directions a split offers, sorted: ["de-en", "en-de"]; of languages that are known."""
-    codes = set()
+    if not Path(folder).is_dir():
+        found = "a file" if Path(folder).exists() else "not there"
+        raise InputError(f"{folder}: {found}, expected a folder of text")
+    codes, split = set(), split_name(folder, split)
     for path in Path(folder).glob(f"{split}.*"):
         name = path.name.removeprefix(f"{split}.").split(".")[0]  # of a language or a pair
         if language_name(name):
@@ -500,13 +530,6 @@ def read_bytes(path, size=-1):
     return raw
 
 
-def read_json(path):
-    """The JSON in a file, UTF-8."""
-    raw = read_bytes(path)
-    with reading(path):
-        return json.loads(raw.decode("utf-8-sig"))
-
-
 def read_if_there(path):
     """The JSON object in a file, {} where there is no such file."""
     value = read_json(path) if path.exists() else {}
@@ -515,18 +538,27 @@ def read_if_there(path):
     return value
 
 
-def read_lines(path):
-    """A text file's lines, UTF-8. Only newlines end one: str.splitlines splits at U+2028, too."""
+def read_text(path):
+    """A text file, UTF-8; InputError names a line that is not."""
     raw = read_bytes(path)
     try:
-        lines = raw.decode("utf-8-sig").split("\n")
+        return raw.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         where = f"{path or 'standard input'}: line {line}"
         raise InputError(f"{where} is not UTF-8 ({error.reason})") from None
-    if lines[-1] == "":
-        lines.pop()
-    return [line.removesuffix("\r") for line in lines]
+
+
+def read_json(path):
+    text = read_text(path)
+    with reading(path):
+        return json.loads(text)
+
+
+def read_lines(path):
+    """A text file's lines. Only newlines end one: str.splitlines splits at U+2028, too."""
+    text = read_text(path)
+    return text.removesuffix("\n").split("\n") if text else []
 
 
 def read_tensors(path):

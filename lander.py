@@ -85,10 +85,11 @@ from torch import distributed, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from data import InputError, bleu_tokenizer, exit_status, fingerprint, first_line, group_by_length
-from data import has_line_break, line_ends, list_pairs, load_tokenizer, locked, make_batch
-from data import make_batches, name_languages, note, open_parallel, read_json, read_lines
-from data import read_tensors, render, replacing, split_pair, write_json, write_lines, write_tensors
+from data import PROMPT, InputError, bleu_tokenizer, exit_status, fingerprint, first_line
+from data import group_by_length, has_line_break, line_ends, list_pairs, load_tokenizer, locked
+from data import make_batch, make_batches, name_languages, note, open_parallel, pair_name
+from data import read_json, read_lines, read_prompt, read_tensors, render, replacing, split_pair
+from data import write_json, write_lines, write_tensors
 from model import FFN, Config, Linear, load_model, save_model
 
 
@@ -578,16 +579,21 @@ def learning_rate(step, total, peak):
 def schedule(sizes, batch, seed):
     """Steps without end: yields (pair, numbers of the step's examples).
 
-    Each epoch shuffles every pair's text, and pairs alternate; once the shorter text is through,
-    the rest of the epoch is the longer one's. sizes: pair -> number of its examples
+    Each epoch shuffles every pair's text, and spreads its steps evenly over the epoch, as shuffling
+    all pairs together would: two pairs of equal text alternate. sizes: pair -> its examples
     """
     rng = random.Random(seed)
     while True:
-        order = {pair: rng.sample(range(size), size) for pair, size in sizes.items()}
-        for start in range(0, max(sizes.values()), batch):
-            for pair, numbers in order.items():
-                if start < len(numbers):
-                    yield pair, numbers[start : start + batch]
+        steps = []
+        for pair, size in sizes.items():
+            order = rng.sample(range(size), size)
+            for start in range(0, size, batch):
+                when = (start + batch / 2) / (
+                    math.ceil(size / batch) * batch
+                )  # of the epoch, 0 to 1
+                steps.append((when, pair, order[start : start + batch]))
+        for _, pair, numbers in sorted(steps, key=lambda step: step[0]):
+            yield pair, numbers
 
 
 def training_steps(model, learners, steps, total, optimizer, peak, start=0, keeper=None):
@@ -658,11 +664,12 @@ def validation_loss(model, pair, batches):
 
 
 LEAST_NEW_TOKENS = 64
-NEW_TOKENS = 3  # for each token of the prompt; more where a pair's targets take more (read_inputs)
+NEW_TOKENS = 3  # for each token of the prompt; more where a pair's targets take more
+MOST_NEW_TOKENS = 12  # where no text says what a pair takes
 ROWS_AT_ONCE = 128  # of more, padding costs more than it saves to read the weights less often
 
 
-def translate_text(model, tokenizer, pair, sources, decoding, new_tokens=NEW_TOKENS):
+def translate_text(model, tokenizer, pair, sources, decoding, new_tokens=NEW_TOKENS, prompt=PROMPT):
     """Translate sentences, each process its share. -> lines, how many ran to their limit
 
     A translation ends at end-of-sentence, at the first line break after its first visible
@@ -672,22 +679,22 @@ def translate_text(model, tokenizer, pair, sources, decoding, new_tokens=NEW_TOK
     """
     route(model, pair)
     longest, made_for = model.config.longest, model.config.max_length
-    jobs, found = [], {}  # (number of a source, its prompt, limit of its translation)
+    jobs, found = [], {}  # (number of a source, ids of its prompt, limit of its translation)
     for number, source in of_this_process(enumerate(sources)):
-        prompt, _ = render(tokenizer, pair, source)
-        if len(prompt) > min(longest, made_for):
-            too_long = f"{len(prompt)} tokens, the model was made for {min(longest, made_for)}"
+        ids, _ = render(tokenizer, pair, source, prompt=prompt)
+        if len(ids) > min(longest, made_for):
+            too_long = f"{len(ids)} tokens, the model was made for {min(longest, made_for)}"
             note(f"{pair}: {too_long}; left empty: {source[:40]} ...")
         elif source.strip():
-            limit = max(new_tokens * len(prompt), LEAST_NEW_TOKENS)
-            jobs.append((number, prompt, min(limit, longest - len(prompt))))
-    lengths = [len(prompt) + limit for _, prompt, limit in jobs]
+            limit = max(new_tokens * len(ids), LEAST_NEW_TOKENS)
+            jobs.append((number, ids, min(limit, longest - len(ids))))
+    lengths = [len(ids) + limit for _, ids, limit in jobs]
     room = decoding.cache_gb * 1e9 / (model.cache_bytes() * decoding.beams)  # tokens
     emitted = {"vocab_size": tokenizer.vocab_size, "line_ends": line_ends(tokenizer)}
     progress = Progress(f"translating {pair}", len(jobs))
     for group in group_by_length(lengths, room, ROWS_AT_ONCE // decoding.beams):
         numbers, prompts, limits = zip(*(jobs[i] for i in group))
-        batch = make_batch([(prompt, []) for prompt in prompts], tokenizer.pad_id)
+        batch = make_batch([(ids, []) for ids in prompts], tokenizer.pad_id)
         ids, mask, _ = to_device(batch, model)
         new = model.generate(ids, mask, limits, tokenizer.end_ids, decoding.beams, **emitted)
         for number, limit, tokens in zip(numbers, limits, new):
@@ -712,13 +719,14 @@ def make_metrics(pair, references=()):
         raise InputError(f"{pair}: no BLEU tokenizer ({str(error).splitlines()[0]})") from None
 
 
-def evaluate(model, tokenizer, pair, text, decoding, new_tokens=NEW_TOKENS):
+def evaluate(model, tokenizer, pair, text, decoding, new_tokens=NEW_TOKENS, prompt=PROMPT):
     """Translate text, [(source, target), ...], and score it. -> hypotheses, scores
 
     scores: {"bleu": .., "chrf": .., signatures, "cut": ran to their limit, "sentences": how many}
     """
     sources, references = [source for source, _ in text], [target for _, target in text]
-    hypotheses, cut = translate_text(model, tokenizer, pair, sources, decoding, new_tokens)
+    rest = sources, decoding, new_tokens, prompt
+    hypotheses, cut = translate_text(model, tokenizer, pair, *rest)
     scores = {}
     for name, metric in make_metrics(pair, references).items():
         scores[name] = metric.corpus_score(hypotheses, [references]).score
@@ -794,10 +802,10 @@ def torchrun():
 # Settings and progress
 
 
-def read_settings(words=(), **defaults):
-    """The command line -> every setting, by name. defaults: other defaults, as a run's args.json.
+def read_settings(words=(), template=PROMPT, **defaults):
+    """The command line -> every setting, by name. Wrong words: usage, one line, SystemExit(2).
 
-    Wrong words end in argparse's usage, one line, and SystemExit(2).
+    template, defaults: of the settings that are not given, as a run's args.json has them
     """
     parser = argparse.ArgumentParser("lander.py", allow_abbrev=False)
     parser.description = __doc__.split("\n\n")[0]
@@ -823,6 +831,8 @@ def read_settings(words=(), **defaults):
     option("--score-sentences", 500, "training sentences of each pair to score with")
     option("--eval-pairs", "", "pairs to evaluate: all, or a list; none: the tuned ones")
     option("--eval-sentences", 0, "test sentences of each pair; 0: all")
+    option("--prompt", "", "file with another prompt: {source}, {target} and {text} in it")
+    option("--valid-every", 0, "steps between losses of valid.*; the lowest gives the result")
     option("--beams", 1, "beam search with so many beams; 1: greedy")
     option("--cache-gb", 2.0, "GB for the keys and values of a batch of translations")
     option("--device", "", "cpu, cuda, cuda:1, ...; none: cuda where there is one")
@@ -847,6 +857,7 @@ def read_settings(words=(), **defaults):
             parser.error(f"{flag} is {value}, expected {least.get(name, 0)} or more")
     if settings.epsilon > 1 or settings.lr == 0:
         parser.error("--epsilon is at most 1, and --lr above 0")
+    settings.template = read_prompt(settings.prompt) if settings.prompt else template
     if bool(settings.tuned) != (bool(settings.translate) != bool(settings.export)):
         parser.error("--tuned goes with --translate or --export, what to do with that run")
     return settings
@@ -893,17 +904,24 @@ def grow(path, keys, make):
     return entries
 
 
-NOT_RECORDED = "out", "resume", "tuned", "translate", "export"
+NOT_RECORDED = "out", "resume", "tuned", "translate", "export", "prompt"
 # What changes rounding alone, or nothing that was computed. Fingerprints know the text and weights.
 MAY_DIFFER = "weights", "data", "device", "micro_tokens", "cache_gb", "checkpointing"
 MAY_DIFFER += "eval_pairs", "eval_sentences", "new_tokens", "files"
 
 
 def record(settings, paths):
-    """What args.json holds: every setting, and fingerprints of the files. paths: name -> path"""
-    held = {name: value for name, value in vars(settings).items() if name not in NOT_RECORDED}
+    """What args.json holds: every setting, and fingerprints of the files. paths: name -> path
+
+    What a program has put in the place of the score or of what learns is named, too.
+    """
+    held = {name: own for name, own in vars(settings).items() if name not in NOT_RECORDED}
     held |= {name: os.path.abspath(held[name]) for name in ("weights", "data")}
-    return held | {"files": {name: fingerprint(path) for name, path in paths.items()}}
+    for role, function in (("score", neuron_awareness), ("learners", what_learns)):
+        module = "lander" if function.__module__ == __name__ else function.__module__
+        held[role] = f"{module}.{function.__qualname__}"
+    held["files"] = {name: fingerprint(path) for name, path in sorted(paths.items())}
+    return dict(sorted(held.items()))
 
 
 def check_same(run, before, now, names):
@@ -938,24 +956,33 @@ def merged(learners):
     return {name: p for of_pair in learners.values() for name, p in of_pair.items()}
 
 
-def save_state(path, parameters, optimizer, step):
-    """Weights, AdamW's moments and the number of steps done, in one file: they fit together."""
-    tensors = {"step": torch.tensor(step)}
+def copies(parameters):
+    return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+
+def save_state(path, parameters, optimizer, step, best):
+    """Weights, AdamW's moments, the steps done and the best weights in one file: they fit together."""
+    tensors = {"step": torch.tensor(step)} | copies(parameters)
     for name, parameter in parameters.items():
-        tensors[name] = parameter.detach()
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{name}/{key}"] = value
-    write(path, tensors)
+    write(path, tensors | {f"{name}/best": value for name, value in best.items()})
 
 
 def load_state(path, parameters, optimizer):
-    """Undo save_state. -> steps done"""
-    tensors = read_tensors(path)
+    """Undo save_state. -> steps done, the best weights"""
+    tensors, best = read_tensors(path), {}
     load_parameters(tensors, parameters)
     for name in tensors.keys() - parameters.keys() - {"step"}:
-        parameter, key = parameters[name.split("/")[0]], name.split("/")[1]
-        optimizer.state[parameter][key] = tensors[name].to(parameter.device)
-    return int(tensors["step"])
+        (name, key), value = (
+            name.split("/"),
+            tensors[name].to(parameters[name.split("/")[0]].device),
+        )
+        if key == "best":
+            best[name] = value
+        else:
+            optimizer.state[parameters[name]][key] = value
+    return int(tensors["step"]), best
 
 
 @torch.no_grad()
@@ -985,13 +1012,16 @@ def choose_device(settings):
     return device, getattr(torch, settings.dtype or default)
 
 
-def choose_pairs(choice, folder, split):
-    """ "all" -> every pair of a split; else the listed ones, checked."""
+def choose_pairs(choice, folder, split, spelled=()):
+    """ "all" -> every pair of a split; else the listed ones, checked.
+
+    A pair in two spellings is one, with that of `spelled`, or the first: en-de, eng_Latn-deu_Latn.
+    """
     pairs = list_pairs(folder, split) if choice == "all" else choice.split(",")
-    pairs = [pair.strip() for pair in pairs]
-    for pair in pairs:
-        split_pair(pair)
-    return list(dict.fromkeys(pairs))
+    pairs, named = [pair.strip() for pair in pairs], {}
+    for pair in [*spelled, *pairs]:
+        named.setdefault(pair_name(pair), pair)
+    return list(dict.fromkeys(named[pair_name(pair)] for pair in pairs))
 
 
 READ_OF_WEIGHTS = ".json", ".model", ".safetensors"
@@ -1024,12 +1054,17 @@ def short_enough(examples, max_tokens):
     return [example for example in examples if len(example[0]) + len(example[1]) <= max_tokens]
 
 
-def read_inputs(tokenizer, tuned, settings, longest=math.inf):
-    """Read all text that a run needs. -> Inputs
+def new_tokens_of(examples):
+    """How many tokens a translation may have for each of its prompt's: thrice what is usual.
 
-    A script may take ten tokens where English takes one: limits grow with what a pair takes.
-    longest: how many tokens the model takes
+    A script may take ten tokens where English takes one. examples: rendered ones of a pair
     """
+    usual = median(len(target) / len(prompt) for prompt, target in examples)
+    return max(NEW_TOKENS, math.ceil(3 * usual))
+
+
+def read_inputs(tokenizer, tuned, settings, longest=math.inf):
+    """Read all text that a run needs. longest: how many tokens the model takes. -> Inputs"""
     paths, valid, scoring, test = {}, {}, {}, {}
 
     def read(split, pair):
@@ -1039,8 +1074,11 @@ def read_inputs(tokenizer, tuned, settings, longest=math.inf):
             raise InputError(f"{settings.data}: the {split} text of {pair} is empty")
         return text
 
+    def rendered(pair, text):
+        return [render(tokenizer, pair, *both, settings.template) for both in text]
+
     train = {pair: read("train", pair) for pair in tuned}
-    compared = choose_pairs(settings.score_pairs, settings.data, "train")
+    compared = choose_pairs(settings.score_pairs, settings.data, "train", tuned)
     for pair in dict.fromkeys(tuned + compared):
         text = train[pair] if pair in tuned else read("train", pair)
         size = min(settings.score_sentences, len(text))
@@ -1050,18 +1088,18 @@ def read_inputs(tokenizer, tuned, settings, longest=math.inf):
         raise InputError(f"{settings.data}: training text of one pair only; {NEEDS_TWO_PAIRS}")
     if settings.keep and not others:
         raise InputError("--keep: --score-pairs and --data have no pair beside the tuned ones")
+    offered = {pair_name(pair) for pair in list_pairs(settings.data, "valid")}
     for pair in tuned:
-        if pair in list_pairs(settings.data, "valid"):
-            valid[pair] = read("valid", pair)[:VALID_SENTENCES]
-    for of_split in (scoring, valid):
-        for pair, text in of_split.items():
-            of_split[pair] = [render(tokenizer, pair, *sentences) for sentences in text]
-    max_tokens, new_tokens = settings.max_tokens, {}
-    for pair, examples in scoring.items():
-        ratio = median(len(target) / len(prompt) for prompt, target in examples)
-        new_tokens[pair] = max(NEW_TOKENS, math.ceil(3 * ratio))
-        length = median(len(prompt) + len(target) for prompt, target in examples)
-        if not settings.max_tokens:
+        if pair_name(pair) in offered:
+            valid[pair] = rendered(pair, read("valid", pair)[:VALID_SENTENCES])
+        elif settings.valid_every:
+            raise InputError(f"--valid-every: {settings.data} has no valid text for {pair}")
+    scoring = {pair: rendered(pair, text) for pair, text in scoring.items()}
+    new_tokens = {pair: new_tokens_of(examples) for pair, examples in scoring.items()}
+    max_tokens = settings.max_tokens
+    if not max_tokens:
+        for examples in scoring.values():
+            length = median(len(prompt) + len(target) for prompt, target in examples)
             max_tokens = max(max_tokens, 256, math.ceil(4 * length))
     max_tokens = min(max_tokens, longest + 1)  # the last target is no input
     for of_split, what in ((scoring, "scoring"), (valid, "validation")):
@@ -1072,9 +1110,14 @@ def read_inputs(tokenizer, tuned, settings, longest=math.inf):
                 raise InputError(f"{over} are longer than --max-tokens {max_tokens}")
             if len(kept) < len(examples):
                 note(f"{over} are left out, over {max_tokens} tokens")
-    for pair in choose_pairs(settings.eval_pairs or settings.pair, settings.data, "test"):
+    chosen = settings.eval_pairs or settings.pair
+    for pair in choose_pairs(chosen, settings.data, "test", list(scoring)):
         test[pair] = read("test", pair)[: settings.eval_sentences or None]
         make_metrics(pair)  # which may lack its tokenizer
+        if pair not in new_tokens:
+            new_tokens[pair] = new_tokens_of(rendered(pair, test[pair]))
+        if known := set(test[pair]).intersection(train.get(pair, ())):
+            note(f"{pair}: {len(known)} of {len(test[pair])} test pairs are in the train text, too")
     return Inputs(train, valid, scoring, others, test, paths, max_tokens, new_tokens)
 
 
@@ -1153,15 +1196,20 @@ def count_steps(text, settings):
     return settings.steps or sum(math.ceil(len(pairs) / settings.batch) for pairs in text.values())
 
 
+def planned_steps(text, settings):
+    """Those of schedule that a run takes."""
+    sizes = {pair: len(pairs) for pair, pairs in text.items()}
+    return islice(schedule(sizes, settings.batch, settings.seed), count_steps(text, settings))
+
+
 def step_batches(tokenizer, text, settings, start):
     """The steps of a run from number `start` on, as training_steps takes them.
 
     Examples are rendered when their step comes: there may be millions.
     """
-    sizes = {pair: len(pairs) for pair, pairs in text.items()}
-    steps = schedule(sizes, settings.batch, settings.seed)
-    for pair, numbers in islice(steps, start, count_steps(text, settings)):
-        examples = [render(tokenizer, pair, *text[pair][i]) for i in of_this_process(numbers)]
+    for pair, numbers in islice(planned_steps(text, settings), start, None):
+        own = [text[pair][i] for i in of_this_process(numbers)]
+        examples = [render(tokenizer, pair, *both, settings.template) for both in own]
         kept = short_enough(examples, settings.max_tokens)
         batches = make_batches(kept, tokenizer.pad_id, settings.micro_tokens)
         yield pair, list(batches), len(examples) - len(kept)
@@ -1173,12 +1221,13 @@ def kept_examples(model, tokenizer, others, settings, folder):
     sources = {pair: [source for source, _ in text] for pair, text in others.items()}
 
     def make(pair):
-        limit = settings.new_tokens[pair]
-        return translate_text(model, tokenizer, pair, sources[pair], greedy, limit)[0]
+        rest = sources[pair], greedy, settings.new_tokens[pair], settings.template
+        return translate_text(model, tokenizer, pair, *rest)[0]
 
     examples = []
     for pair, lines in grow(folder / "kept.json", others, make).items():
-        examples += [render(tokenizer, pair, *text) for text in zip(sources[pair], lines)]
+        for source, line in zip(sources[pair], lines):
+            examples.append(render(tokenizer, pair, source, line, settings.template))
     return short_enough(examples, settings.max_tokens)
 
 
@@ -1203,11 +1252,22 @@ def train(model, tokenizer, learners, text, valid, settings, folder, kept=()):
             losses[pair] = validation_loss(model, pair, batches)
         return {"step": step, "valid_loss": losses}
 
-    start, log = 0, []
+    def is_best(log):
+        """Whether the last validation loss, the mean over pairs, is below all before it."""
+        if not settings.valid_every:
+            return False
+        *before, last = [mean(e["valid_loss"].values()) for e in log if "valid_loss" in e]
+        return all(last < loss for loss in before)
+
+    if left_out := text.keys() - {pair for pair, _ in planned_steps(text, settings)}:
+        note(f"not one of {total} steps is of {', '.join(left_out)}, which --steps or --batch say")
+    start, log, best = 0, [], {}  # best: what learned, at the lowest validation loss
     if state_path.exists():
-        start = load_state(state_path, parameters, optimizer)
-        log = [json.loads(line) for line in read_lines(log_path)[: start + 1]]
-    log = log or [validate(0)]
+        start, best = load_state(state_path, parameters, optimizer)
+        log = [entry for entry in map(json.loads, read_lines(log_path)) if entry["step"] <= start]
+    else:
+        log.append(validate(0))
+        best = copies(parameters) if is_best(log) else {}
     progress = Progress("training steps", total, done=start)
     saved, wait = time.monotonic(), SAVE_EVERY
     model.checkpointing = settings.checkpointing
@@ -1220,22 +1280,32 @@ def train(model, tokenizer, learners, text, valid, settings, folder, kept=()):
             raise InputError(f"{found}; run again with a lower --lr and another --out")
         log.append(entry)
         progress.add(1, f", loss {loss:.3f}")
-        if time.monotonic() - saved > wait or step == total:
+        validates = step == total or (settings.valid_every and step % settings.valid_every == 0)
+        if validates:
+            log.append(validate(step))
+            best = copies(parameters) if is_best(log) else best
+        if validates or time.monotonic() - saved > wait:
             began = time.monotonic()
             write(log_path, map(json.dumps, log))
-            save_state(state_path, parameters, optimizer, step)
+            save_state(state_path, parameters, optimizer, step, best)
             saved = time.monotonic()
             wait = max(SAVE_EVERY, 20 * (saved - began))
     model.checkpointing = False
-    write(log_path, map(json.dumps, [*log, validate(total)]))
-    write(folder / "tuned.safetensors", {name: p.detach() for name, p in parameters.items()})
+    load_parameters(best or copies(parameters), parameters)
+    write(folder / "tuned.safetensors", copies(parameters))
 
 
 def show_training(log_path):
     """The validation losses before and after, and how many examples were too long, from the log."""
-    first, *steps, last = map(json.loads, read_lines(log_path))
-    for pair, loss in first["valid_loss"].items():
-        print(f"   {pair}: loss of a validation token {loss:.3f} to {last['valid_loss'][pair]:.3f}")
+    entries = [json.loads(line) for line in read_lines(log_path)]
+    valid = [entry for entry in entries if "valid_loss" in entry]
+    steps = [entry for entry in entries if "loss" in entry]
+    for pair in valid[0]["valid_loss"]:
+        losses = [entry["valid_loss"][pair] for entry in valid]
+        print(f"   {pair}: loss of a validation token {losses[0]:.3f} to {losses[-1]:.3f}")
+    if len(valid) > 2:
+        lowest = min(valid, key=lambda entry: mean(entry["valid_loss"].values()))
+        print(f"   the result is that of step {lowest['step']}, with the lowest of {len(valid)}")
     if drifts := [entry["kept"] for entry in steps[-10:] if "kept" in entry]:
         print(f"   kept: KL to the start on other pairs' sources, {mean(drifts):.4f} nats a token")
     if skipped := sum(entry["skipped"] for entry in steps):
@@ -1248,8 +1318,8 @@ def evaluate_all(model, tokenizer, test, results, when, settings, folder):
         scores = results.setdefault(pair, {})
         if scores.get(when, {}).get("sentences") == len(text):
             continue
-        limit = settings.new_tokens.get(pair, NEW_TOKENS)
-        hypotheses, scores[when] = evaluate(model, tokenizer, pair, text, settings, limit)
+        rest = text, settings, settings.new_tokens[pair], settings.template
+        hypotheses, scores[when] = evaluate(model, tokenizer, pair, *rest)
         sources, references = zip(*text)
         for name, lines in (("source", sources), ("reference", references), (when, hypotheses)):
             write(folder / "hypotheses" / f"{pair}.{name}.txt", lines)
@@ -1293,6 +1363,8 @@ def run(settings):
         args = None if process_number() else checked_record(settings, folder, paths)
         model = load_model(settings.weights, device, dtype, config).requires_grad_(False)
         write(folder / "args.json", args)
+        if add_up(0) == 0 and not (folder / "args.json").exists():  # all wait for all
+            raise InputError(f"{folder}: not shared by all machines, as it must be")
         results = tune(model, tokenizer, tuned, inputs, settings, folder)
     print(f"\nIt took {time.monotonic() - started:.0f} s; everything is in {folder}", flush=True)
     return results
@@ -1320,11 +1392,15 @@ def tune(model, tokenizer, tuned, inputs, settings, folder):
 
     others = inputs.others if settings.keep else {}
     kept = kept_examples(model, tokenizer, others, settings, folder)
+    downs = [model.blocks[int(layer)].ffn.down.weight for layer in groups]
+    rms = mean(weight.float().square().mean().sqrt().item() for weight in downs)
     install_routing(model, groups, not settings.no_routing)
     learners = {pair: what_learns(model, pair) for pair in tuned}
     trained = sum(p.numel() for p in merged(learners).values())
     size = sum(p.numel() for p in model.parameters())
     say(f"\n4. Training {trained:,} of {size:,} parameters, {trained / size:.2%}")
+    # Adam's first step moves a weight by the rate, whatever its gradient.
+    say(f"   --lr {settings.lr:g} is {settings.lr / rms:.2%} of the rms of their down.weight")
     path = folder / "tuned.safetensors"
     if path.exists():
         load_parameters(read_tensors(path), merged(learners))
@@ -1367,13 +1443,15 @@ def translate(settings):
     pair = settings.pair
     if "," in pair:
         raise InputError(f"--translate takes one --pair; that run tuned {pair}")
-    split_pair(pair)
+    known = {pair_name(own): own for own in settings.new_tokens}  # spelled as in the run
+    pair = known.get(pair_name(pair), pair)
     sources = read_lines(0 if settings.translate == "-" else settings.translate)
     model, tokenizer, learners = load_tuned(settings)
     if pair not in learners:
         note(f"{pair} was not tuned in {settings.tuned}: general neurons, no routing")
-    limit = settings.new_tokens.get(pair, NEW_TOKENS)
-    lines, cut = translate_text(model, tokenizer, pair, sources, settings, limit)
+    limit = settings.new_tokens.get(pair, MOST_NEW_TOKENS)
+    rest = sources, settings, limit, settings.template
+    lines, cut = translate_text(model, tokenizer, pair, *rest)
     for line in lines:
         print(line)
     if cut:

@@ -805,7 +805,9 @@ def read_gemma(published, pattern, **more):
 def read_gemma2(published):
     """Gemma 2's config.json: scores and logits have caps, every second layer a window."""
     caps = dict(score_cap=published.get("attn_logit_softcapping", 50.0))
-    return read_gemma(published, 2, **caps, logit_cap=published.get("final_logit_softcapping", 30.0))
+    return read_gemma(
+        published, 2, **caps, logit_cap=published.get("final_logit_softcapping", 30.0)
+    )
 
 
 def read_gemma3(published):
@@ -956,6 +958,8 @@ def to_published(config, parameter, value):
 
 def why_no_config(folder):
     """What a folder without config.json is taken for."""
+    if (folder / "tuned.safetensors").exists():
+        return "not there, this is a run's folder; lander.py --tuned it --export DIR, and take DIR"
     adapter = folder / "adapter_config.json"
     if adapter.exists():
         with reading(adapter):
