@@ -584,14 +584,11 @@ def schedule(sizes, batch, seed):
     """
     rng = random.Random(seed)
     while True:
-        steps = []
+        steps = []  # (when in the epoch, from 0 to 1, pair, numbers)
         for pair, size in sizes.items():
             order = rng.sample(range(size), size)
-            for start in range(0, size, batch):
-                when = (start + batch / 2) / (
-                    math.ceil(size / batch) * batch
-                )  # of the epoch, 0 to 1
-                steps.append((when, pair, order[start : start + batch]))
+            batches = [order[start : start + batch] for start in range(0, size, batch)]
+            steps += [((i + 0.5) / len(batches), pair, own) for i, own in enumerate(batches)]
         for _, pair, numbers in sorted(steps, key=lambda step: step[0]):
             yield pair, numbers
 
@@ -708,10 +705,7 @@ def translate_text(model, tokenizer, pair, sources, decoding, new_tokens=NEW_TOK
 
 
 def make_metrics(pair, references=()):
-    """sacreBLEU's metrics; BLEU's tokenizer follows the target language (zh, ja-mecab, 13a, ...).
-
-    references: lines, which tell whether spaces part words
-    """
+    """sacreBLEU's metrics; BLEU's tokenizer follows the target language and its references."""
     tokenizer = bleu_tokenizer(split_pair(pair)[1], references)
     try:
         return {"bleu": BLEU(tokenize=tokenizer), "chrf": CHRF()}
@@ -803,10 +797,7 @@ def torchrun():
 
 
 def read_settings(words=(), template=PROMPT, **defaults):
-    """The command line -> every setting, by name. Wrong words: usage, one line, SystemExit(2).
-
-    template, defaults: of the settings that are not given, as a run's args.json has them
-    """
+    """The command line -> every setting, by name. template, defaults: as a run's args.json has them"""
     parser = argparse.ArgumentParser("lander.py", allow_abbrev=False)
     parser.description = __doc__.split("\n\n")[0]
 
@@ -948,7 +939,8 @@ def checked_record(settings, folder, paths):
     tests = {name for name in one_alone if name.startswith("data/test.")}  # of other eval_pairs
     names = {*before, *before["files"], *now, *now["files"]} - {*MAY_DIFFER, *tests}
     check_same(folder, before, now, names)
-    return now | {"files": before["files"] | now["files"]}
+    now["files"] = dict(sorted((before["files"] | now["files"]).items()))
+    return now
 
 
 def merged(learners):
@@ -973,15 +965,10 @@ def load_state(path, parameters, optimizer):
     """Undo save_state. -> steps done, the best weights"""
     tensors, best = read_tensors(path), {}
     load_parameters(tensors, parameters)
-    for name in tensors.keys() - parameters.keys() - {"step"}:
-        (name, key), value = (
-            name.split("/"),
-            tensors[name].to(parameters[name.split("/")[0]].device),
-        )
-        if key == "best":
-            best[name] = value
-        else:
-            optimizer.state[parameters[name]][key] = value
+    for place in tensors.keys() - parameters.keys() - {"step"}:
+        name, key = place.split("/")
+        of_name = best if key == "best" else optimizer.state[parameters[name]]
+        of_name[name if key == "best" else key] = tensors[place].to(parameters[name].device)
     return int(tensors["step"]), best
 
 
@@ -1083,7 +1070,7 @@ def read_inputs(tokenizer, tuned, settings, longest=math.inf):
         text = train[pair] if pair in tuned else read("train", pair)
         size = min(settings.score_sentences, len(text))
         scoring[pair] = random.Random(settings.seed).sample(text, size)
-    others = {pair: scoring[pair][:KEPT_SENTENCES] for pair in scoring if pair not in tuned}
+    others = {pair: text[:KEPT_SENTENCES] for pair, text in scoring.items() if pair not in tuned}
     if len(scoring) < 2:
         raise InputError(f"{settings.data}: training text of one pair only; {NEEDS_TWO_PAIRS}")
     if settings.keep and not others:
@@ -1096,11 +1083,10 @@ def read_inputs(tokenizer, tuned, settings, longest=math.inf):
             raise InputError(f"--valid-every: {settings.data} has no valid text for {pair}")
     scoring = {pair: rendered(pair, text) for pair, text in scoring.items()}
     new_tokens = {pair: new_tokens_of(examples) for pair, examples in scoring.items()}
-    max_tokens = settings.max_tokens
-    if not max_tokens:
-        for examples in scoring.values():
-            length = median(len(prompt) + len(target) for prompt, target in examples)
-            max_tokens = max(max_tokens, 256, math.ceil(4 * length))
+    lengths = [
+        median(len(prompt) + len(target) for prompt, target in own) for own in scoring.values()
+    ]
+    max_tokens = settings.max_tokens or max(256, math.ceil(4 * max(lengths)))
     max_tokens = min(max_tokens, longest + 1)  # the last target is no input
     for of_split, what in ((scoring, "scoring"), (valid, "validation")):
         for pair, examples in of_split.items():
@@ -1178,17 +1164,14 @@ def group_neurons(model, tokenizer, scoring, selected, settings, folder):
     return groups
 
 
-def show_groups(groups, tuned, config):
-    """A line for each layer: how many units are general, and how many each tuned pair owns."""
-    channels = config.kv_heads * config.head_size
+def show_groups(groups, tuned):
+    """A line for each layer: how many units are specific, and how many each tuned pair owns."""
     for layer, group in groups.items():
-        for key, size in (("specific", config.ffn_size), ("channels", channels)):
+        for key, what in (("specific", "neurons"), ("channels", "channels")):
             if key in group:
+                count = sum(map(len, group[key].values()))
                 owned = ", ".join(f"{len(group[key][pair])} of {pair}" for pair in tuned)
-                specific = sum(map(len, group[key].values()))
-                what = "neurons" if key == "specific" else "channels"
-                counts = f"{size - specific} general {what}, {specific} specific"
-                print(f"   layer {layer}: {counts}: {owned}")
+                print(f"   layer {layer}: {count} specific {what}, {owned}")
 
 
 def count_steps(text, settings):
@@ -1245,29 +1228,25 @@ def train(model, tokenizer, learners, text, valid, settings, folder, kept=()):
     optimizer = torch.optim.AdamW(parameters.values(), weight_decay=WEIGHT_DECAY, fused=True)
     keeper = Keeper(model, kept, settings, tokenizer.pad_id) if kept else None
 
+    start, log, best = 0, [], {}  # best: what learned, at the lowest validation loss
+
     def validate(step):
         losses = {}
         for pair, examples in valid.items():
             batches = own_batches(settings, tokenizer, examples, f"validation loss of {pair}")
             losses[pair] = validation_loss(model, pair, batches)
-        return {"step": step, "valid_loss": losses}
-
-    def is_best(log):
-        """Whether the last validation loss, the mean over pairs, is below all before it."""
-        if not settings.valid_every:
-            return False
-        *before, last = [mean(e["valid_loss"].values()) for e in log if "valid_loss" in e]
-        return all(last < loss for loss in before)
+        log.append({"step": step, "valid_loss": losses})
+        *before, last = [mean(e["valid_loss"].values()) for e in log if e.get("valid_loss")] or [0]
+        if settings.valid_every and all(last < loss for loss in before):
+            best.update(copies(parameters))
 
     if left_out := text.keys() - {pair for pair, _ in planned_steps(text, settings)}:
-        note(f"not one of {total} steps is of {', '.join(left_out)}, which --steps or --batch say")
-    start, log, best = 0, [], {}  # best: what learned, at the lowest validation loss
+        note(f"none of {total} steps is of {', '.join(left_out)}: as --steps and --batch have it")
     if state_path.exists():
         start, best = load_state(state_path, parameters, optimizer)
         log = [entry for entry in map(json.loads, read_lines(log_path)) if entry["step"] <= start]
     else:
-        log.append(validate(0))
-        best = copies(parameters) if is_best(log) else {}
+        validate(0)
     progress = Progress("training steps", total, done=start)
     saved, wait = time.monotonic(), SAVE_EVERY
     model.checkpointing = settings.checkpointing
@@ -1282,8 +1261,7 @@ def train(model, tokenizer, learners, text, valid, settings, folder, kept=()):
         progress.add(1, f", loss {loss:.3f}")
         validates = step == total or (settings.valid_every and step % settings.valid_every == 0)
         if validates:
-            log.append(validate(step))
-            best = copies(parameters) if is_best(log) else best
+            validate(step)
         if validates or time.monotonic() - saved > wait:
             began = time.monotonic()
             write(log_path, map(json.dumps, log))
@@ -1298,17 +1276,13 @@ def train(model, tokenizer, learners, text, valid, settings, folder, kept=()):
 def show_training(log_path):
     """The validation losses before and after, and how many examples were too long, from the log."""
     entries = [json.loads(line) for line in read_lines(log_path)]
-    valid = [entry for entry in entries if "valid_loss" in entry]
-    steps = [entry for entry in entries if "loss" in entry]
-    for pair in valid[0]["valid_loss"]:
-        losses = [entry["valid_loss"][pair] for entry in valid]
-        print(f"   {pair}: loss of a validation token {losses[0]:.3f} to {losses[-1]:.3f}")
-    if len(valid) > 2:
-        lowest = min(valid, key=lambda entry: mean(entry["valid_loss"].values()))
-        print(f"   the result is that of step {lowest['step']}, with the lowest of {len(valid)}")
-    if drifts := [entry["kept"] for entry in steps[-10:] if "kept" in entry]:
+    valid = [entry for entry in entries if entry.get("valid_loss")]
+    for pair in valid[0]["valid_loss"] if valid else ():
+        losses = " to ".join(f"{entry['valid_loss'][pair]:.3f}" for entry in valid)
+        print(f"   {pair}: loss of a validation token {losses}")
+    if drifts := [entry["kept"] for entry in entries[-11:] if "kept" in entry]:
         print(f"   kept: KL to the start on other pairs' sources, {mean(drifts):.4f} nats a token")
-    if skipped := sum(entry["skipped"] for entry in steps):
+    if skipped := sum(entry.get("skipped", 0) for entry in entries):
         note(f"training: skipped {skipped} examples, over --max-tokens")
 
 
@@ -1381,9 +1355,12 @@ def tune(model, tokenizer, tuned, inputs, settings, folder):
     for pair, layers in selected.items():
         say(f"   {pair}: {', '.join(map(str, layers))} of 0 to {config.layers - 1}")
 
-    say(f"\n2. Neurons: which does one of {len(inputs.scoring)} pairs need more than the others?")
+    what = (
+        f"which of {config.ffn_size} does one of {len(inputs.scoring)} pairs need more than others?"
+    )
+    say(f"\n2. Neurons: {what}")
     groups = group_neurons(model, tokenizer, inputs.scoring, selected, settings, folder)
-    show_groups(groups, tuned, config)
+    show_groups(groups, tuned)
 
     say(f"\n3. Translating the test text of {len(inputs.test)} pairs, before tuning")
     path = folder / "results.json"

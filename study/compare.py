@@ -168,11 +168,12 @@ def kind_of(pair, tuned):
 
 
 class CutTokenizer:
-    """A tokenizer with some of its tokens alone, numbered anew: those that the data has."""
+    """A tokenizer.json with some of its tokens alone, numbered anew: those that the data has."""
 
     def __init__(self, tokenizer, kept):
         self.whole, self.kept = tokenizer, kept
         self.number = {id: number for number, id in enumerate(kept)}
+        self.token = {id: token for token, id in tokenizer.ids.items()}
         self.vocab_size = len(kept)
         self.end_ids = [self.number[id] for id in tokenizer.end_ids]
         self.eos_id = self.pad_id = self.end_ids[0]
@@ -180,25 +181,33 @@ class CutTokenizer:
         self.target_prefix = tokenizer.target_prefix
 
     def encode(self, text):
-        return [self.number[id] for id in self.whole.encode(text)]
+        numbers = []
+        for id in self.whole.encode(text):
+            if id in self.number:
+                numbers.append(self.number[id])
+            else:  # a word of a translation: spelled in characters
+                numbers += [self.number[self.whole.ids[c]] for c in self.token[id]]
+        return numbers
 
     def decode(self, ids):
         return self.whole.decode([self.kept[number] for number in ids])
 
 
 def cut_tokenizer(tokenizer, settings, pairs):
-    """With the tokens of all text of some pairs, and those that end a line."""
+    """With the tokens and characters of all text of some pairs, and what ends a line."""
     _, before, after = line_ends(tokenizer)
     kept = {
         *tokenizer.end_ids,
         *tokenizer.prompt_prefix,
         *(before | after).nonzero()[:, 0].tolist(),
     }
+    characters = {"▁"}
     for split in ("train", "valid", "test"):
         for pair in pairs:
-            for source, target in open_parallel(settings.data, split, pair)[0]:
-                prompt, answer = render(tokenizer, pair, source, target)
-                kept.update(prompt, answer)
+            for both in open_parallel(settings.data, split, pair)[0]:
+                kept.update(*render(tokenizer, pair, *both), *map(tokenizer.encode, both))
+                characters.update(*both)
+    kept.update(tokenizer.ids[c] for c in characters if c in tokenizer.ids)
     return CutTokenizer(tokenizer, sorted(kept))
 
 
