@@ -41,8 +41,7 @@ def read_prompt(path):
     """A prompt of one's own, from a file like PROMPT. A line break at its end is dropped."""
     prompt = read_text(path).removesuffix("\n")
     if prompt.count("{text}") != 1 or "{source}" not in prompt or "{target}" not in prompt:
-        expected = "expected {text} once, and {source} and {target} at least once"
-        raise InputError(f"{path}: {expected}, as in {PROMPT!r}")
+        raise InputError(f"{path}: expected {{text}} once, {{source}} and {{target}}: {PROMPT!r}")
     return prompt
 
 
@@ -146,26 +145,24 @@ def read_codes(text):
 LANGUAGES = read_codes(
     """
     af afr=Afrikaans, am amh=Amharic, ar ara arb=Arabic, az aze azj=Azerbaijani, be bel=Belarusian,
-    bg bul=Bulgarian, bho=Bhojpuri, bn ben=Bengali, bs bos=Bosnian, ca cat=Catalan, ceb=Cebuano, cs
-    ces=Czech, cy cym=Welsh, da dan=Danish, de deu=German, el ell=Greek, en eng=English, es
-    spa=Spanish, et est ekk=Estonian, eu eus=Basque, fa fas pes=Persian, fi fin=Finnish, fr
-    fra=French, ga gle=Irish, gd gla=Scottish Gaelic, gl glg=Galician, gu guj=Gujarati, ha
-    hau=Hausa, he heb=Hebrew, hi hin=Hindi, hr hrv=Croatian, ht hat=Haitian Creole, hu
-    hun=Hungarian, hy hye=Armenian, id ind=Indonesian, ig ibo=Igbo, is isl=Icelandic, it
-    ita=Italian, iu iku=Inuktitut, ja jpn=Japanese, jv jav=Javanese, ka kat=Georgian, kk
-    kaz=Kazakh, km khm=Khmer, kn kan=Kannada, ko kor=Korean, kmr ku=Kurdish, ky kir=Kyrgyz, lo
-    lao=Lao, lt lit=Lithuanian, lv lav lvs=Latvian, mg plt=Malagasy, mi mri=Maori, mk
-    mkd=Macedonian, ml mal=Malayalam, mn khk=Mongolian, mr mar=Marathi, ms msa zsm=Malay, mt
-    mlt=Maltese, my mya=Burmese, nb nob=Norwegian Bokmål, ne nep npi=Nepali, nl nld=Dutch, nn
-    nno=Norwegian Nynorsk, no nor=Norwegian, or ori ory=Odia, pa pan=Punjabi, pl pol=Polish, ps pus
-    pbt=Pashto, pt por=Portuguese, pt-br por-br=Brazilian Portuguese, ro ron=Romanian, ru
-    rus=Russian, rw kin=Kinyarwanda, sd snd=Sindhi, si sin=Sinhala, sk slk=Slovak, sl
-    slv=Slovenian, sn sna=Shona, so som=Somali, sq sqi als=Albanian, sr srp=Serbian, sv
-    swe=Swedish, sw swa swh=Swahili, ta tam=Tamil, te tel=Telugu, tg tgk=Tajik, th tha=Thai, tk
-    tuk=Turkmen, tl tgl fil=Filipino, tr tur=Turkish, ug uig=Uyghur, uk ukr=Ukrainian, ur urd=Urdu,
-    uz uzb uzn=Uzbek, vi vie=Vietnamese, xh xho=Xhosa, yo yor=Yoruba, yue=Cantonese, zh zho
-    cmn=Chinese, zh-hant zho-hant cmn-hant zh-tw zho-tw zh-hk zho-hk zh-mo=Traditional Chinese, zu
-    zul=Zulu, qaa=Avari, qab=Belun, qac=Corith, qad=Dorva
+    bg bul=Bulgarian, bho=Bhojpuri, bn ben=Bengali, bs bos=Bosnian, ca cat=Catalan, cs ces=Czech,
+    cy cym=Welsh, da dan=Danish, de deu=German, el ell=Greek, en eng=English, es spa=Spanish, et
+    est ekk=Estonian, eu eus=Basque, fa fas pes=Persian, fi fin=Finnish, fr fra=French, ga
+    gle=Irish, gd gla=Scottish Gaelic, gl glg=Galician, gu guj=Gujarati, ha hau=Hausa, he
+    heb=Hebrew, hi hin=Hindi, hr hrv=Croatian, hu hun=Hungarian, hy hye=Armenian, id
+    ind=Indonesian, ig ibo=Igbo, is isl=Icelandic, it ita=Italian, iu iku=Inuktitut, ja
+    jpn=Japanese, jv jav=Javanese, ka kat=Georgian, kk kaz=Kazakh, km khm=Khmer, kn kan=Kannada, ko
+    kor=Korean, kmr ku=Kurdish, ky kir=Kyrgyz, lo lao=Lao, lt lit=Lithuanian, lv lav lvs=Latvian,
+    mg plt=Malagasy, mk mkd=Macedonian, ml mal=Malayalam, mn khk=Mongolian, mr mar=Marathi, ms msa
+    zsm=Malay, mt mlt=Maltese, my mya=Burmese, nb nob=Norwegian Bokmål, ne nep npi=Nepali, nl
+    nld=Dutch, nn nno=Norwegian Nynorsk, no nor=Norwegian, or ori ory=Odia, pa pan=Punjabi, pl
+    pol=Polish, ps pus pbt=Pashto, pt por=Portuguese, pt-br por-br=Brazilian Portuguese, ro
+    ron=Romanian, ru rus=Russian, sd snd=Sindhi, si sin=Sinhala, sk slk=Slovak, sl slv=Slovenian,
+    so som=Somali, sq sqi als=Albanian, sr srp=Serbian, sv swe=Swedish, sw swa swh=Swahili, ta
+    tam=Tamil, te tel=Telugu, tg tgk=Tajik, th tha=Thai, tl tgl fil=Filipino, tr tur=Turkish, ug
+    uig=Uyghur, uk ukr=Ukrainian, ur urd=Urdu, uz uzb uzn=Uzbek, vi vie=Vietnamese, xh xho=Xhosa,
+    yo yor=Yoruba, yue=Cantonese, zh zho cmn=Chinese, zh-hant zho-hant cmn-hant zh-tw zho-tw zh-hk
+    zho-hk zh-mo=Traditional Chinese, zu zul=Zulu, qaa=Avari, qab=Belun, qac=Corith, qad=Dorva
     """
 )
 # What sacreBLEU splits text by where spaces do not part words.
@@ -492,8 +489,7 @@ def exit_status(command, *arguments):
         note(f"error: {error}")
         return 2
     except (MemoryError, RuntimeError) as error:
-        is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not is_memory and "can't allocate memory" not in str(error):
+        if not re.search("MemoryError|out of memory|can't allocate memory", repr(error)):
             raise
         note("error: out of memory; a smaller --micro-tokens or --cache-gb takes less")
         return 2
@@ -507,9 +503,7 @@ def note(text):
 @contextmanager
 def reading(path):
     """Whatever goes wrong while a file is read is the file's fault: one InputError that names it.
-
-    The body holds the reading alone, or a mistake of ours would be called a damaged file.
-    """
+    The body holds the reading alone, or a mistake of ours would be called a damaged file."""
     try:
         yield
     except (InputError, MemoryError, torch.OutOfMemoryError):

@@ -666,12 +666,12 @@ MOST_NEW_TOKENS = 12  # where no text says what a pair takes
 ROWS_AT_ONCE = 128  # of more, padding costs more than it saves to read the weights less often
 
 
-def translate_text(model, tokenizer, pair, sources, decoding, new_tokens=NEW_TOKENS, prompt=PROMPT):
+def translate_text(model, tokenizer, pair, sources, decoding, ratio=NEW_TOKENS, prompt=PROMPT):
     """Translate sentences, each process its share. -> lines, how many ran to their limit
 
     A translation ends at end-of-sentence, at the first line break after its first visible
-    character, or at new_tokens times its own prompt's length or LEAST_NEW_TOKENS: what comes to
-    that is a loop, as a rule. An empty source, or one too long for the model, is an empty line.
+    character, or at `ratio` times its own prompt's length or LEAST_NEW_TOKENS: what comes to that
+    is a loop, as a rule. An empty source, or one too long for the model, is an empty line.
     decoding: .beams, 1 for greedy, and .cache_gb, the memory for keys and values
     """
     route(model, pair)
@@ -683,7 +683,7 @@ def translate_text(model, tokenizer, pair, sources, decoding, new_tokens=NEW_TOK
             too_long = f"{len(ids)} tokens, the model was made for {min(longest, made_for)}"
             note(f"{pair}: {too_long}; left empty: {source[:40]} ...")
         elif source.strip():
-            limit = max(new_tokens * len(ids), LEAST_NEW_TOKENS)
+            limit = max(ratio * len(ids), LEAST_NEW_TOKENS)
             jobs.append((number, ids, min(limit, longest - len(ids))))
     lengths = [len(ids) + limit for _, ids, limit in jobs]
     room = decoding.cache_gb * 1e9 / (model.cache_bytes() * decoding.beams)  # tokens
@@ -713,14 +713,13 @@ def make_metrics(pair, references=()):
         raise InputError(f"{pair}: no BLEU tokenizer ({str(error).splitlines()[0]})") from None
 
 
-def evaluate(model, tokenizer, pair, text, decoding, new_tokens=NEW_TOKENS, prompt=PROMPT):
+def evaluate(model, tokenizer, pair, text, decoding, ratio=NEW_TOKENS, prompt=PROMPT):
     """Translate text, [(source, target), ...], and score it. -> hypotheses, scores
 
     scores: {"bleu": .., "chrf": .., signatures, "cut": ran to their limit, "sentences": how many}
     """
     sources, references = [source for source, _ in text], [target for _, target in text]
-    rest = sources, decoding, new_tokens, prompt
-    hypotheses, cut = translate_text(model, tokenizer, pair, *rest)
+    hypotheses, cut = translate_text(model, tokenizer, pair, sources, decoding, ratio, prompt)
     scores = {}
     for name, metric in make_metrics(pair, references).items():
         scores[name] = metric.corpus_score(hypotheses, [references]).score
@@ -797,7 +796,7 @@ def torchrun():
 
 
 def read_settings(words=(), template=PROMPT, **defaults):
-    """The command line -> every setting, by name. template, defaults: as a run's args.json has them"""
+    """The command line -> every setting, by name. template, defaults: of a run's args.json"""
     parser = argparse.ArgumentParser("lander.py", allow_abbrev=False)
     parser.description = __doc__.split("\n\n")[0]
 
@@ -902,10 +901,8 @@ MAY_DIFFER += "eval_pairs", "eval_sentences", "new_tokens", "files"
 
 
 def record(settings, paths):
-    """What args.json holds: every setting, and fingerprints of the files. paths: name -> path
-
-    What a program has put in the place of the score or of what learns is named, too.
-    """
+    """What args.json holds: every setting, the functions that score and choose what learns (a
+    program may have put others in their places), and fingerprints. paths: name -> path"""
     held = {name: own for name, own in vars(settings).items() if name not in NOT_RECORDED}
     held |= {name: os.path.abspath(held[name]) for name in ("weights", "data")}
     for role, function in (("score", neuron_awareness), ("learners", what_learns)):
@@ -932,8 +929,7 @@ def checked_record(settings, folder, paths):
     if not path.exists():
         return now
     if not settings.resume:
-        remedy = "--resume goes on with it, --out names another folder"
-        raise InputError(f"{folder}: holds a run already; {remedy}")
+        raise InputError(f"{folder}: holds a run already; --resume goes on, --out names another")
     before = read_json(path)
     one_alone = before["files"].keys() ^ now["files"].keys()
     tests = {name for name in one_alone if name.startswith("data/test.")}  # of other eval_pairs
@@ -953,7 +949,7 @@ def copies(parameters):
 
 
 def save_state(path, parameters, optimizer, step, best):
-    """Weights, AdamW's moments, the steps done and the best weights in one file: they fit together."""
+    """Weights, AdamW's moments, steps done and the best weights, in one file: they fit together."""
     tensors = {"step": torch.tensor(step)} | copies(parameters)
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -982,9 +978,6 @@ def load_parameters(tensors, parameters):
 # Inputs: device, checkpoint and text, so that what is wrong with them shows before anything long
 
 
-VALID_SENTENCES = 500
-
-
 def choose_device(settings):
     """-> torch.device and dtype"""
     name = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -1000,18 +993,13 @@ def choose_device(settings):
 
 
 def choose_pairs(choice, folder, split, spelled=()):
-    """ "all" -> every pair of a split; else the listed ones, checked.
-
-    A pair in two spellings is one, with that of `spelled`, or the first: en-de, eng_Latn-deu_Latn.
-    """
+    """ "all" -> every pair of a split; else the listed ones, checked. Two spellings of a pair,
+    en-de and eng_Latn-deu_Latn, are one: that of `spelled`, or the first."""
     pairs = list_pairs(folder, split) if choice == "all" else choice.split(",")
     pairs, named = [pair.strip() for pair in pairs], {}
     for pair in [*spelled, *pairs]:
         named.setdefault(pair_name(pair), pair)
     return list(dict.fromkeys(named[pair_name(pair)] for pair in pairs))
-
-
-READ_OF_WEIGHTS = ".json", ".model", ".safetensors"
 
 
 def open_checkpoint(folder):
@@ -1020,8 +1008,9 @@ def open_checkpoint(folder):
     if tokenizer.vocab_size > config.vocab_size:
         found = f"the tokenizer has {tokenizer.vocab_size} tokens"
         raise InputError(f"{folder}: {found}, config.json an embedding of {config.vocab_size}")
-    counts = [path for path in Path(folder).iterdir() if path.suffix in READ_OF_WEIGHTS]
-    return config, tokenizer, {f"weights/{path.name}": path for path in sorted(counts)}
+    paths = sorted(Path(folder).iterdir())
+    read = [path for path in paths if path.suffix in (".json", ".model", ".safetensors")]
+    return config, tokenizer, {f"weights/{path.name}": path for path in read}
 
 
 class Inputs(NamedTuple):
@@ -1042,10 +1031,8 @@ def short_enough(examples, max_tokens):
 
 
 def new_tokens_of(examples):
-    """How many tokens a translation may have for each of its prompt's: thrice what is usual.
-
-    A script may take ten tokens where English takes one. examples: rendered ones of a pair
-    """
+    """How many tokens a translation may have for each of its prompt's: thrice what a pair's
+    examples have. A script may take ten tokens where English takes one."""
     usual = median(len(target) / len(prompt) for prompt, target in examples)
     return max(NEW_TOKENS, math.ceil(3 * usual))
 
@@ -1111,6 +1098,10 @@ def read_inputs(tokenizer, tuned, settings, longest=math.inf):
 # The steps of a run
 
 
+VALID_SENTENCES = 500  # at most, for the validation loss
+SAVE_EVERY = 30  # seconds at least, and twenty times what the last save took
+
+
 def own_batches(settings, tokenizer, examples, label):
     """Batches of examples, those that this process works on, with progress."""
     progress = Progress(label, len(examples))
@@ -1133,9 +1124,9 @@ def analyse_layers(model, tokenizer, scoring, tuned, settings, folder):
         prompts = [(prompt, []) for prompt, _ in scoring[pair]]
         batches = own_batches(settings, tokenizer, prompts, f"layers for {pair}")
         means = check_scores(activation_means(model, batches), f"layer means of {pair}")
-        differences = layer_differences(means).tolist()
-        selected = select_layers(differences, settings.layers)
-        return {"selected": selected, "means": means.tolist(), "differences": differences}
+        changes = layer_differences(means)
+        found = {"selected": select_layers(changes, settings.layers), "means": means.tolist()}
+        return found | {"differences": changes.tolist()}
 
     analysis = grow(folder / "layers.json", tuned, analyse)
     return {pair: analysis[pair]["selected"] for pair in tuned}
@@ -1214,14 +1205,11 @@ def kept_examples(model, tokenizer, others, settings, folder):
     return short_enough(examples, settings.max_tokens)
 
 
-SAVE_EVERY = 30  # seconds at least, and twenty times what the last save took
-
-
 def train(model, tokenizer, learners, text, valid, settings, folder, kept=()):
     """Train from the last saved state, if there is one, to tuned.safetensors; log.jsonl says how.
 
-    learners: pair -> {name: Parameter}, as what_learns; text: pair -> [(source, target), ...];
-    valid: pair -> rendered examples. InputError where the loss is no longer a number.
+    learners: pair -> {name: Parameter}; text: pair -> [(source, target), ...]; valid: pair ->
+    rendered examples. InputError where the loss is no longer a number.
     """
     log_path, state_path = folder / "log.jsonl", folder / "state.safetensors"
     parameters, total = merged(learners), count_steps(text, settings)
@@ -1348,17 +1336,15 @@ def tune(model, tokenizer, tuned, inputs, settings, folder):
     """The steps of a run. Each leaves a file in the folder, and is skipped where that is there."""
     say = partial(print, flush=True)
     config, size = model.config, sum(p.numel() for p in model.parameters())
-    say(f"{config.family}, {size:,} parameters, {settings.dtype}, {model.embedding.weight.device}")
+    on = f"{settings.dtype} on {model.embedding.weight.device}"
+    say(f"{config.family}, {size:,} parameters, {config.ffn_size} neurons a layer, {on}")
 
     say("\n1. Layers: which change a prompt's representation most?")
     selected = analyse_layers(model, tokenizer, inputs.scoring, tuned, settings, folder)
     for pair, layers in selected.items():
         say(f"   {pair}: {', '.join(map(str, layers))} of 0 to {config.layers - 1}")
 
-    what = (
-        f"which of {config.ffn_size} does one of {len(inputs.scoring)} pairs need more than others?"
-    )
-    say(f"\n2. Neurons: {what}")
+    say(f"\n2. Neurons: which does one of {len(inputs.scoring)} pairs need more than the others?")
     groups = group_neurons(model, tokenizer, inputs.scoring, selected, settings, folder)
     show_groups(groups, tuned)
 
@@ -1374,7 +1360,6 @@ def tune(model, tokenizer, tuned, inputs, settings, folder):
     install_routing(model, groups, not settings.no_routing)
     learners = {pair: what_learns(model, pair) for pair in tuned}
     trained = sum(p.numel() for p in merged(learners).values())
-    size = sum(p.numel() for p in model.parameters())
     say(f"\n4. Training {trained:,} of {size:,} parameters, {trained / size:.2%}")
     # Adam's first step moves a weight by the rate, whatever its gradient.
     say(f"   --lr {settings.lr:g} is {settings.lr / rms:.2%} of the rms of their down.weight")
@@ -1405,7 +1390,7 @@ def load_tuned(settings):
     config, tokenizer, paths = open_checkpoint(settings.weights)
     before, now = read_json(folder / "args.json"), record(settings, paths)
     of_weights = {name for name in before["files"] | paths if name.startswith("weights/")}
-    check_same(folder, before, now, of_weights | {"units", "no_routing"})
+    check_same(folder, before, now, of_weights | {"units", "no_routing", "learners"})
     groups = read_json(folder / "neurons.json")
     model = load_model(settings.weights, device, dtype, config)
     install_routing(model, groups, not settings.no_routing)

@@ -88,9 +88,7 @@ class Config:
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight: in fp32, cast back before the weight multiplies (LLaMA). [.., D]
-
-    from_1: by 1 + weight, and cast back after that (Gemma)
-    """
+    from_1: by 1 + weight, and cast back after that (Gemma)"""
 
     def __init__(self, size, eps, from_1=False):
         super().__init__()
@@ -226,10 +224,7 @@ def rotary_angles(config, mask, queries, keys, device):
 
 
 def what_is_seen(config, mask, queries, keys, x, near=False):
-    """attention_bias and rotary_angles of a layer; near: of one that sees a window of tokens.
-
-    x [B, queries, D]: its device and type -> bias or None, angles or None
-    """
+    """attention_bias and rotary_angles of a layer, None for none; near: one that sees a window."""
     window = config.window if near else keys
     bias = attention_bias(config, mask, queries, keys, x.device, x.dtype, window)
     if config.positions != "rotary":
@@ -290,7 +285,7 @@ class Attention(nn.Module):
 
 
 def capped_attention(query, key, value, bias, scale, cap):
-    """scaled_dot_product_attention of scores that no number exceeds (Gemma 2). [B, H, T, d] -> same"""
+    """scaled_dot_product_attention of scores within a cap (Gemma 2). [B, H, T, d] -> same"""
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     scores = query @ key.transpose(2, 3) * scale
     scores = cap * torch.tanh(scores / cap) + bias
@@ -721,7 +716,7 @@ def read_bloom(published):
 
 def read_baichuan(published):
     """Baichuan's config.json. The 13B models, with ALiBi, lack max_position_embeddings; version 2
-    has a normalized head. `positions` and `normalize_head` are keys of our own small checkpoints."""
+    has a normalized head. `positions`, `normalize_head`: keys of our own small checkpoints."""
     length = published.get("max_position_embeddings")
     is_second = "z_loss_weight" in published or published["vocab_size"] == 125696
     return read_llama(published) | dict(
@@ -760,9 +755,8 @@ def read_mistral(published):
     """Mistral's config.json. Without num_key_value_heads it has 8, without sliding_window 4096."""
     fields = read_llama({"num_key_value_heads": 8} | published)
     window = published.get("sliding_window", 4096)
-    if window is None:
-        return fields
-    return fields | {"window": window, "window_layers": tuple(range(fields["layers"]))}
+    near = range(fields["layers"]) if window else ()
+    return fields | {"window": window or Config.window, "window_layers": tuple(near)}
 
 
 def read_qwen(published):
@@ -778,14 +772,10 @@ def read_qwen(published):
     return fields
 
 
-GEMMA = dict(head_dim=256, tie_word_embeddings=True, max_position_embeddings=8192)
-
-
 def read_gemma(published, pattern, **more):
-    """What the config.json of Gemma 2 and 3 have in common, but for what is named in more."""
-    fields = read_llama(GEMMA | published)
-    kinds = published.get("layer_types")
-    if kinds:
+    """What the config.json of Gemma 2 and 3 have in common. more: fields of Config that differ"""
+    fields = read_llama({"head_dim": 256, "tie_word_embeddings": True} | published)
+    if kinds := published.get("layer_types"):
         near = [layer for layer, kind in enumerate(kinds) if kind == "sliding_attention"]
     else:  # one layer in so many sees all tokens
         pattern = published.get("sliding_window_pattern", pattern)
@@ -805,22 +795,19 @@ def read_gemma(published, pattern, **more):
 def read_gemma2(published):
     """Gemma 2's config.json: scores and logits have caps, every second layer a window."""
     caps = dict(score_cap=published.get("attn_logit_softcapping", 50.0))
-    return read_gemma(
-        published, 2, **caps, logit_cap=published.get("final_logit_softcapping", 30.0)
-    )
+    caps |= dict(logit_cap=published.get("final_logit_softcapping", 30.0))
+    return read_gemma({"max_position_embeddings": 8192} | published, 2, **caps)
 
 
 def read_gemma3(published):
     """Gemma 3's config.json: five of six layers have a window, and a rotary base of their own."""
     usual = {"vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4}
-    usual |= {"max_position_embeddings": 131072, "rope_theta": 1e6}
-    by_kind = published.get("rope_parameters") or {}  # of files saved since transformers 5
-    near_base = published.get("rope_local_base_freq", 10000.0)
-    if "full_attention" in by_kind:
+    published = usual | {"max_position_embeddings": 131072, "rope_theta": 1e6} | published
+    near_base, by_kind = published.get("rope_local_base_freq"), published.get("rope_parameters")
+    if by_kind and "full_attention" in by_kind:  # of files saved since transformers 5
         near_base = by_kind["sliding_attention"]["rope_theta"]
-        usual["rope_parameters"] = by_kind["full_attention"]
-        published = {key: own for key, own in published.items() if key != "rope_parameters"}
-    return read_gemma(usual | published, 6, window_base=near_base, query_key_norm=True)
+        published["rope_parameters"] = by_kind["full_attention"]
+    return read_gemma(published, 6, window_base=near_base or 10000.0, query_key_norm=True)
 
 
 # The trap: BLOOM's and Baichuan's fused query, key and value have the same shape, but BLOOM's rows
