@@ -1106,25 +1106,103 @@ def write(folder, **files):
 
 
 def test_limits_grow_with_what_a_script_takes(here, capsys):
-    """Burmese takes ten of BLOOM's tokens where English takes one: skipped in training, cut in translation."""
+    """Burmese takes ten tokens where English takes one: skipped in training, cut in translation."""
     short, long, longest = "ab cd ef\n" * 20, "abcdefgh" * 99 + "\n", "abcdefgh" * 999 + "\n"
     write(here, train_en=short, train_de=short, train_fr=long * 19 + longest)
     write(here, test_en=short, test_de=short, test_fr=long * 20)
     prompt = len(data.prompt_text("en-fr", "ab cd ef"))
+    of_fr = math.ceil(3 * (8 * 99 + 2) / prompt)
     settings = read_settings(data=".", pair="en-de", score_pairs="en-de,de-en")
     inputs = lander.read_inputs(Bytes, ["en-de"], settings)
     assert inputs.max_tokens == 4 * (prompt + 10) and inputs.new_tokens == {"en-de": 3, "de-en": 3}
+    assert "en-de: 1 of 20 test pairs are in the train text" in capsys.readouterr().err
+    settings.eval_pairs = "en-fr"
+    inputs = lander.read_inputs(Bytes, ["en-de"], settings)
+    assert inputs.new_tokens["en-fr"] == of_fr, "of a pair that is only evaluated"
     settings.pair = settings.score_pairs = "en-de,en-fr"
     inputs = lander.read_inputs(Bytes, ["en-de", "en-fr"], settings)
-    assert inputs.new_tokens == {"en-de": 3, "en-fr": math.ceil(3 * (8 * 99 + 2) / prompt)}
+    assert inputs.new_tokens == {"en-de": 3, "en-fr": of_fr}
     assert inputs.max_tokens == 4 * (prompt + 8 * 99 + 2) and len(inputs.scoring["en-fr"]) == 19
-    assert (
-        f"1 of 20 examples are left out, over {inputs.max_tokens} tokens" in capsys.readouterr().err
-    )
+    said = f"1 of 20 examples are left out, over {inputs.max_tokens} tokens"
+    assert said in capsys.readouterr().err
     read = partial(lander.read_inputs, Bytes, ["en-de", "en-fr"], settings)
     refused(lambda: read(longest=prompt + 5), f"longer than --max-tokens {prompt + 6}")
-    settings.max_tokens = 100
-    refused(read, "longer than --max-tokens 100")
+
+
+def test_two_spellings_are_one_pair(world, here, capsys):
+    """A pair compared with itself, which shares out its own neurons; not routed when translating."""
+    shutil.copytree(world / "data", "data")
+    for path in Path("data").glob("test.*"):
+        path.rename(path.with_suffix({".en": ".eng_Latn", ".de": ".deu"}.get(path.suffix, ".fr")))
+    for name in ("train.en", "train.de"):
+        shutil.copy(
+            Path("data", name),
+            Path("data", {"train.en": "train.eng", "train.de": "train.deu"}[name]),
+        )
+    words = "--data data --score-pairs all --eval-pairs eng-deu --steps 2"
+    assert lander.main(arguments(world, words)) == 0
+    results = json.loads(Path("run/results.json").read_text())
+    groups = json.loads(Path("run/neurons.json").read_text())
+    named = [data.pair_name(pair) for pair in groups.popitem()[1]["specific"]]
+    assert list(results) == ["en-de"] and len(named) == len(set(named)) == 12
+    Path("input").write_text("ba de.\n")
+    captured = ends_in(capsys, 0, [*TRANSLATE, "input", "--pair", "eng_Latn-deu_Latn"])
+    assert "not tuned" not in captured.err
+
+
+@pytest.mark.parametrize("end, glue", [(" \n", " "), ("\n", "")])
+def test_a_prompt_of_ones_own(world, here, capsys, monkeypatch, end, glue):
+    """Training with one prompt and translating with another; ALMA's glued-on targets apart."""
+    Path("prompt").write_text("{source}>{target}: {text} ={target}" + end)
+    rendered, render = [], data.render
+    noted = lambda *rest, **more: rendered.append(render(*rest, **more)) or rendered[-1]
+    monkeypatch.setattr(lander, "render", noted)
+    assert lander.main(arguments(world, "--prompt prompt --steps 1 --keep 1")) == 0
+    decode = load_tokenizer(world / "weights").decode
+    texts = [decode(prompt + target[:-1]) for prompt, target in rendered]
+    begins = r"(English|German|French)>(English|German): [\w ]+\. =(English|German)"
+    assert all(re.match(begins, text) for text in texts) and len(texts) > 60
+    source, target = read_parallel(world / "data", "valid", "en-de")[0]
+    assert f"English>German: {source} =German{glue}{target}" in texts
+    Path("input").write_text("ba de.\n")
+    rendered.clear()
+    assert lander.main([*TRANSLATE, "input"]) == 0
+    assert decode(rendered[0][0]) == "English>German: ba de. =German"
+    Path("prompt").write_text("{source} {target} {text}")
+    assert "template " in error_of(capsys, "--out run --resume --prompt prompt".split())
+
+
+def test_the_best_step_is_kept(world, here, capsys, monkeypatch):
+    """The last weights for the best; a state that forgets them, or a log that does."""
+    validation_loss = lander.validation_loss  # made to have its minimum at the fourth step
+    monkeypatch.setattr(lander, "validation_loss", lambda *rest: abs(validation_loss(*rest) - 5))
+    words = "--steps 6 --valid-every 2 --lr 1"
+    assert lander.main(arguments(world, f"{words} --out alone")) == 0
+    log = log_of("alone")
+    losses = {entry["step"]: entry["valid_loss"]["en-de"] for entry in log if "valid_loss" in entry}
+    assert list(losses) == [0, 2, 4, 6] and min(losses, key=losses.get) == 4, losses
+    for place in (2, 4, 6):
+        interrupt(arguments(world, words), "train_step", place, save_every=10**6)
+        assert lander.main("--out run --resume".split()) == 0
+        assert contents("run") == contents("alone")
+        shutil.rmtree("run")
+    kept = load_file("alone/tuned.safetensors")
+    assert lander.main(arguments(world, "--lr 1 --steps 6 --out last")) == 0
+    assert any(not torch.equal(kept[n], t) for n, t in load_file("last/tuned.safetensors").items())
+    Path("data").mkdir()
+    for path in (world / "data").glob("t*"):
+        shutil.copy(path, "data")
+    assert "no valid text for en-de" in error_of(capsys, arguments(world, f"{words} --data data"))
+
+
+def test_another_score_is_recorded(world, half_done, here, capsys, monkeypatch):
+    """Half of a run's neurons by one score, half by another."""
+    shutil.copytree(half_done, "run")
+    mine = lambda *rest: lander_score(*rest).flip(-1)
+    lander_score = lander.neuron_awareness
+    monkeypatch.setattr(lander, "neuron_awareness", mine)
+    line = error_of(capsys, "--out run --resume".split())
+    assert "score lander.neuron_awareness, now test_lander.test_another" in line
 
 
 # Interrupted and resumed
@@ -1400,7 +1478,9 @@ BAD_WORDS = [
     ("--pair ru-de", "data: no train text for ru-de.*pairs found: cs-de, cs-en"),
     ("--eval-pairs de-ru", "data: no test text for de-ru"),
     ("--pair=", "--pair and --data are needed"),
-    ("--data nowhere", "nowhere"),
+    ("--data nowhere", "nowhere: not there, expected a folder of text"),
+    ("--data data/test.de", "data/test.de: a file, expected a folder of text"),
+    ("--prompt data/test.de", "data/test.de: expected {text} once"),
     ("--weights nowhere", "nowhere/config.json: cannot be read, there is none"),
     ("--weights big/bloom", "hf download big/bloom --local-dir bloom"),
     ("--score-pairs en-de", "one pair only.*--score-pairs"),
@@ -1433,6 +1513,10 @@ BAD_TEXT = [
     ({"train.en": LFS}, "data/train.en: a Git LFS pointer; git lfs pull"),
     ({"test.de": None}, "no test text for en-de; there is one side, but no test.de"),
     ({"train.en-de.tsv": ""}, "the train text of en-de is empty"),
+    (
+        {"train.en-de.csv": "a,A"},
+        "no train text for en-de.* in train.cs, train.de, train.en-de.csv",
+    ),
     ({"train.en-de.tsv": "a\tb\tc\n"}, "train.en-de.tsv: line 1 has 3 tab-separated columns"),
     ({"train.en-de.tsv": "a\tb\nc\n"}, "train.en-de.tsv: line 2 has 1 tab-separated columns"),
     ({"train.en-de.json": "[{}]"}, "train.en-de.json: item 1.*KeyError"),
@@ -1448,6 +1532,7 @@ BAD_WEIGHTS = [
         {"config.json": None, "adapter_config.json": ADAPTER},
         "an adapter of haoranxu/ALMA-7B-P.*merge",
     ),
+    ({"config.json": None, "tuned.safetensors": ""}, "a run's folder; .*--export"),
     *[({"config.json": text}, "weights/config.json: ") for text in ("{", "[]", "[" * 100000, LFS)],
     (
         config(model_type="gpt9"),
@@ -1502,7 +1587,7 @@ def test_a_mistake_ends_in_one_line(world, here, capsys, words, folder, files, s
             path.unlink()
         else:
             path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        if path.suffix in (".tsv", ".json", ".jsonl") and folder == "data":
+        if path.suffix in (".tsv", ".json", ".jsonl", ".csv") and folder == "data":
             Path("data/train.en").unlink()
     if "--tuned" not in words:
         words = f"--pair en-de --weights weights --data data {SMALL_RUN} {words}"
@@ -1807,37 +1892,42 @@ def test_what_begins_and_ends_a_text_comes_from_the_folders_files(
 
 BOTH = [("a", "A"), ("b", "B")]
 ITEMS = [{"translation": {"en": source, "de": target}} for source, target in BOTH]
+TWO_LINES = {"translation": {"en": "a\nb", "de": "c"}}
+A_LINE_EACH = "\n".join(map(json.dumps, ITEMS))
+MULTI_WAY = dict(train_en="a\nb\n", train_de="A\nB\n")
 # Files of train text, and what is said while BOTH are read of them.
 READ = [
     (dict(train_en="a\r\nb\r\n", train_de="\ufeffA\nB"), ""),
     (dict(train_en__de_en="a\nb\n", train_en__de_de="A\nB\n"), ""),
     (dict(train_de__en_en="a\nb\n", train_de__en_de="A\nB\n"), ""),
-    (dict(train_en__de_tsv="a\tA\nb\tB\n", train_de__en_tsv="X\tx\n"), ""),
     (dict(train_de__en_tsv="A\ta\nB\tb\n"), ""),
     (dict(train_en__de_json=json.dumps(ITEMS)), ""),
-    (dict(train_de__en_json="\n".join(map(json.dumps, ITEMS))), ""),
-    (dict(train_en__de_jsonl="\n".join(map(json.dumps, ITEMS)) + "\n"), ""),
+    (dict(train_de__en_json=A_LINE_EACH), ""),
+    (dict(train_en__de_jsonl=A_LINE_EACH + "\n"), ""),
     (dict(train_en="a\n\nc\nb\n", train_de="A\nB\n \nB\n"), "skipped 2 of 4"),
     (dict(train_en__de_tsv="a\tA\n\n\tC\nb\tB\n"), "skipped 2 of 4"),
-    (
-        dict(train_en__de_json=json.dumps([*ITEMS, {"translation": {"en": "a\nb", "de": "c"}}])),
-        "skipped 1 of 3",
-    ),
+    (dict(train_en__de_json=json.dumps([*ITEMS, TWO_LINES])), "skipped 1 of 3"),
+    (MULTI_WAY | dict(train_de__en_json=A_LINE_EACH), "train.de-en.json is read, not train."),
 ]
 
 
 @pytest.mark.parametrize("files, said", READ)
 def test_all_forms_of_text_give_the_same_pairs(tmp_path, capsys, files, said):
-    """The wrong side as the source; two lines in a JSON string; pairs out of step behind an empty line."""
+    """The wrong side as the source; two lines in a string; pairs out of step; a form unsaid."""
     write(tmp_path, **files)
-    assert read_parallel(tmp_path, "train", "en-de") == BOTH
-    assert (
-        read_parallel(tmp_path, "train", "de-en") == [(target, source) for source, target in BOTH]
-        or "train_de__en_tsv" in files
-    )
+    for pair, expected in (("en-de", BOTH), ("de-en", [both[::-1] for both in BOTH])):
+        assert read_parallel(tmp_path, "train", pair) == expected
+        err = capsys.readouterr().err
+        assert said in err and bool(err) == bool(said)
     assert list_pairs(tmp_path, "train") == ["de-en", "en-de"]
-    err = capsys.readouterr().err
-    assert said in err and bool(err) == bool(said)
+
+
+def test_each_direction_reads_its_own_file_and_development_text_has_three_names(tmp_path, capsys):
+    """test.de-en.* read backwards where test.en-de.* is there; dev.* passed over."""
+    write(tmp_path, dev_en__de_tsv="a\tA\n", dev_de__en_tsv="X\tx\n")
+    assert read_parallel(tmp_path, "valid", "en-de") == [("a", "A")]
+    assert read_parallel(tmp_path, "valid", "de-en") == [("X", "x")]
+    assert capsys.readouterr().err == ""
 
 
 def test_only_newlines_end_a_line(tmp_path):
