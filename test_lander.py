@@ -44,7 +44,7 @@ torch.set_num_threads(1)  # the tensors are small
 
 
 def randomize(module, seed=0, std=0.15):
-    """Every parameter away from its initial value: zero biases and unit norms would hide a mix-up."""
+    """Every parameter away from its start: zero biases and unit norms would hide a mix-up."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in module.named_parameters():
         mean = 1.0 if "norm" in name or "ln" in name else 0.0
@@ -193,7 +193,7 @@ def left_padded(batch):
 
 
 def test_layer_scores_equal_a_loop_over_prompts():
-    """Padding counted, the mean of all tokens for that of prompts' means, a block's input for its output."""
+    """Padding counted, the mean of all tokens for that of prompts' means, a block's input."""
     decoder = tiny_decoder("rotary")
     prompts = [(prompt, []) for prompt, _ in random_examples(7)]
     expected = torch.zeros(3)
@@ -210,7 +210,7 @@ def test_layer_scores_equal_a_loop_over_prompts():
 
 
 def test_layer_selection_by_hand():
-    """diff[l] scoring layer l instead of l + 1; ties to the higher layer; the first layer selected."""
+    """diff[l] scoring layer l for l + 1; ties to the higher layer; the first layer selected."""
     differences = lander.layer_differences(torch.tensor([0.0, 2.0, 1.0, 3.0, 3.5]))
     assert differences.tolist() == [2.0, 1.0, 2.0, 0.5]
     for k, layers in ((1, [1]), (2, [1, 3]), (4, [1, 2, 3, 4])):
@@ -260,7 +260,7 @@ def test_a_loss_in_pieces_is_the_loss(monkeypatch):
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_awareness_equals_brute_force(kind, frozen):
-    """Labels shifted twice, a mean loss, the absolute value of a sum, padding counted; no graph if frozen."""
+    """Labels shifted twice, a mean loss, |a sum|, padding counted; no graph if all is frozen."""
     decoder, readers = tiny_decoder(kind), lander.NEURONS + lander.CHANNELS
     examples, F = random_examples(9), decoder.config.ffn_size
     for layers in ([0, 1], [1], [1, 0]):
@@ -280,7 +280,7 @@ def test_awareness_equals_brute_force(kind, frozen):
 
 
 def test_awareness_predicts_the_damage_of_removing_a_neuron():
-    """A score that ranks neurons by anything else than what they do to the loss, of a model that copies."""
+    """A score that ranks neurons by something else than their effect on the loss."""
     torch.manual_seed(0)
     decoder = Decoder(tiny_config("bloom", vocabulary=24))
     rng = random.Random(0)
@@ -321,7 +321,7 @@ TABLE = torch.tensor([OF_PAIR_0, OF_PAIR_1])  # [2, 2, 5]
 
 
 def test_categorization_by_hand():
-    """Scaled, the rows of layer 0 are .5 .5 .5 .5 3 and 1.5 .5 .5 .5 2; unscaled, pair 1 would own everything."""
+    """Layer 0 scaled: .5 .5 .5 .5 3, 1.5 .5 .5 .5 2; unscaled, pair 1 would own everything."""
     owner = lander.categorize(TABLE, epsilon=0.6)
     assert owner.tolist() == [[1, -1, -1, -1, 0], [0, -1, -1, -1, 1]]
     assert owner.dtype == torch.long
@@ -333,7 +333,7 @@ def test_categorization_by_hand():
 
 
 def test_share_by_hand():
-    """Layer 0 of the table: pair 1 has 1.5 on its own neuron and a mean of .5 on the general ones."""
+    """Layer 0 of the table: pair 1 has 1.5 on its own neuron, .5 on average on general ones."""
     pairs = ["en-de", "de-en"]
     owner = lander.categorize(TABLE, epsilon=0.6)
     groups = lander.describe_groups(TABLE, owner, pairs, {"de-en": [3, 5]})
@@ -352,7 +352,7 @@ def random_groups(decoder, selected):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_parts_add_up_to_the_whole(kind):
-    """What everything rests on: an FFN is a sum over its neurons. A gate's bias forgotten, a neuron lost."""
+    """What everything rests on. A gate's bias forgotten, a neuron lost."""
     ffn = tiny_decoder(kind).blocks[0].ffn
     F = ffn.up.out_features
     x = random_input(2, 3, ffn.up.in_features)
@@ -377,7 +377,7 @@ def routed_decoder(kind="bloom", selected={"en-de": [0, 1], "fr-en": [1]}, routi
 @pytest.mark.parametrize("share", ["off", "own", 1e-6, 1e-3, 0.3, 0.999, 1 - 1e-6])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_freshly_routed_model_is_the_pretrained_one(kind, share):
-    """A neuron in two groups or none, a bias counted twice, factors that do not start at one, at any share."""
+    """A neuron in two groups or none, a bias counted twice, factors that do not start at 1."""
     decoder = tiny_decoder(kind)
     ids, mask = padded_ids(90, "left")
     expected = decoder(ids, mask)
@@ -393,7 +393,7 @@ def test_a_freshly_routed_model_is_the_pretrained_one(kind, share):
 
 
 def test_routing_is_off_where_there_is_nothing_to_route_between():
-    """A mean over an empty group is no number, and a group that scores nothing has a share of 0 or 1."""
+    """A mean over an empty group is no number; a group that scores nothing has share 0 or 1."""
     scores = torch.tensor([0.0, 0.0, 2.0, 1.0], dtype=torch.double)
     first, last = torch.tensor([True, True, False, False]), torch.tensor([False, False, True, True])
     neither = torch.zeros(4, dtype=torch.bool)
@@ -467,7 +467,7 @@ def learning_names(decoder, pair):
 @pytest.mark.parametrize("routing", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_the_batchs_neurons_move(kind, routing):
-    """A gradient multiplied by zero still lets AdamW decay the row; another pair's neurons train along."""
+    """A gradient times zero, which AdamW's decay still moves; another pair's neurons trained."""
     decoder = routed_decoder(kind, routing=routing)
     checkpoint = copies(decoder)
     learners, optimizer = adamw(decoder)
@@ -490,7 +490,7 @@ def test_only_the_batchs_neurons_move(kind, routing):
 
 
 def test_frozen_weights_equal_the_checkpoint_bit_for_bit():
-    """A rest that is not the checkpoint's rows, in its type; training that writes into the FFN it was taken from."""
+    """A rest that is not the checkpoint's rows; training that writes into the FFN they are of."""
     decoder = tiny_decoder("rotary").bfloat16()
     original, ffn = copies(decoder), decoder.blocks[1].ffn
     groups = random_groups(decoder, {"en-de": [1]})
@@ -512,7 +512,7 @@ def test_frozen_weights_equal_the_checkpoint_bit_for_bit():
 
 
 def test_any_parameters_can_be_trained():
-    """A baseline that trains all weights, or some matrices, takes the same steps: none asks for a RoutedFFN."""
+    """A baseline that trains all weights, or some, takes the same steps, without a RoutedFFN."""
     decoder = tiny_decoder("bloom")
     before = copies(decoder)
     chosen = {name: p for name, p in decoder.named_parameters() if ".attention.output." in name}
@@ -542,7 +542,7 @@ def test_validation_loss_is_the_mean_of_all_target_tokens():
 
 
 def gradients_of_a_step(tokens, checkpointing=False):
-    """How many micro-batches a step took, its loss and norm, and {name: gradient} before clipping."""
+    """How many micro-batches a step took, its loss, norm, and {name: gradient before clipping}."""
     decoder = routed_decoder()
     decoder.checkpointing = checkpointing
     learners, optimizer = adamw(decoder)
@@ -556,7 +556,7 @@ def gradients_of_a_step(tokens, checkpointing=False):
 
 
 def test_micro_batches_and_checkpointing_change_no_gradient():
-    """A mean of means weighs the tokens of a short micro-batch more; a block recomputed without its routing."""
+    """A mean of means, which weighs short micro-batches more; a block recomputed unrouted."""
     one, loss, norm, whole = gradients_of_a_step(tokens=10**6)
     four, loss_4, norm_4, accumulated = gradients_of_a_step(tokens=40)
     assert one == 1 and four >= 4
@@ -570,7 +570,7 @@ def test_micro_batches_and_checkpointing_change_no_gradient():
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_examples_over_the_limit_are_left_out_of_their_step(monkeypatch, processes):
-    """Cut, or replaced, which would change every later step; AdamW's decay in a step without any sentence."""
+    """Cut, or replaced, which changes every later step; AdamW's decay in an empty step."""
     monkeypatch.setattr(lander, "process_count", lambda: processes)
     monkeypatch.setattr(lander.distributed, "all_reduce", lambda tensor: None)
     decoder = tiny_decoder("bloom", vocabulary=128)
@@ -602,7 +602,7 @@ def test_gradients_are_clipped_to_norm_1():
 
 
 def test_pairs_are_spread_over_an_epoch_of_every_example_once():
-    """All of the shorter text first, in the warm-up; an example lost; each epoch in the same order."""
+    """All of the shorter text first, in the warm-up; an example lost; each epoch the same."""
     sizes = {"en-de": 7, "fr-en": 3}
     steps = list(itertools.islice(lander.schedule(sizes, 2, seed=0), 12))
     assert [pair for pair, _ in steps[:6]] == ["en-de", "fr-en", "en-de", "en-de", "fr-en", "en-de"]
@@ -615,7 +615,7 @@ def test_pairs_are_spread_over_an_epoch_of_every_example_once():
 
 
 def test_learning_rate_by_hand():
-    """No warm-up or a longer one; a last step of rate zero; a twentieth of 30, 50 or 35 steps not rounded to 2."""
+    """No warm-up or a longer one; a last step of rate zero; a twentieth of 30 not rounded."""
     rates = [lander.learning_rate(step, 100, 1.0) for step in range(100)]
     assert rates[0] == pytest.approx(0.2) and rates[4] == rates[5] == 1.0 == max(rates)
     assert rates[99] == pytest.approx(1 / 95) and lander.learning_rate(0, 1, 1.0) == 1.0
@@ -638,7 +638,7 @@ def with_channels(decoder, selected={"en-de": [0, 1], "fr-en": [1]}):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_attention_is_a_sum_over_channels(kind):
-    """A row of another head, or of the key where the query is meant; a row of two channels or none."""
+    """A row of another head, or of the key for the query; a row of two channels or none."""
     decoder = tiny_decoder(kind)
     config, attention = decoder.config, decoder.blocks[0].attention
     rows, columns = lander.channel_places(config)
@@ -685,7 +685,7 @@ def attention_without(kind, rows):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_a_pairs_channels_move(kind, dtype):
-    """A start that is another function; a frozen row that moves; another pair's channel that learns."""
+    """A start that is another function; a frozen row that moves; another pair's channel."""
     decoder = tiny_decoder(kind).to(dtype)
     ids, mask = padded_ids(decoder.config.vocab_size, "right")
     groups, whole = with_channels(decoder), copies(decoder)
@@ -747,7 +747,7 @@ def drifted(decoder, examples, weight=0.7, micro_tokens=10**6):
 @pytest.mark.parametrize("rows_at_once", [10**6, 5])
 @pytest.mark.parametrize("kind", ["bloom", "llama"])
 def test_the_gradient_of_keep(kind, rows_at_once, monkeypatch):
-    """KL the other way round, over padding or prompts, a mean of means, or routed as the tuned pair."""
+    """KL the other way round, over padding or prompts, a mean of means, or routed."""
     monkeypatch.setattr(lander, "LOGITS_AT_ONCE", rows_at_once * 90)
     examples = random_examples(6)
     start, decoder = tiny_decoder(kind), tiny_decoder(kind)
@@ -886,7 +886,7 @@ def noted(name, **more):
 
 @pytest.fixture(scope="session")
 def finished(world, tmp_path_factory):
-    """A run of two pairs with all flags that change the work, on five lines of text, one with an empty side."""
+    """A run of two pairs with all flags that change the work, one line with an empty side."""
     folder = tmp_path_factory.mktemp("fünf")
     shutil.copytree(world / "data", folder / "data")
     for path in (folder / "data").glob("test.*"):
@@ -905,7 +905,7 @@ def finished(world, tmp_path_factory):
 
 
 def test_what_a_run_shows_and_leaves(finished):
-    """Minutes of silence; results shown twice; files that nobody else may read; a setting not recorded."""
+    """Minutes of silence; results shown twice; files that nobody else may read."""
     labels = (finished.parent / "labels").read_text().splitlines()
     for what in ("layers for", "scoring", "translating", "validation loss of", "training"):
         assert any(label.startswith(what) for label in labels), what
@@ -995,7 +995,7 @@ names_in = lambda folder: sorted(path.name for path in folder.iterdir())
 
 @pytest.mark.parametrize("kind", ["bloom", "llama"])
 def test_a_run_and_its_export(world, here, capsys, kind):
-    """Neurons in other places; weights rounded, or a sister's, under the trained ones; a file left behind."""
+    """Neurons in other places; weights rounded, or a sister's, under the trained ones."""
     save_model(tiny_decoder(kind, vocabulary=360, layers=4).bfloat16(), here / "weights")
     shutil.copy(world / "weights/tokenizer.json", "weights")
     Path("weights/tokenizer_config.json").write_text('{"eos_token": "</s>"}')
@@ -1031,7 +1031,7 @@ def test_a_run_and_its_export(world, here, capsys, kind):
 
 
 def test_training_lowers_the_loss_with_routing_without_and_with_empty_groups(world, here):
-    """A pipeline that trains nothing reports tidy tables too; no share to divide by, groups of no rows."""
+    """A run that trains nothing; no share to divide by, groups of no rows."""
     finals = []
     rows = [("--epsilon 0.8", 2), ("--epsilon 0.8 --no-routing", 0), ("--epsilon 0", 0)]
     for words, routed_layers in (*rows, ("--epsilon 1", 0)):
@@ -1047,7 +1047,7 @@ def test_training_lowers_the_loss_with_routing_without_and_with_empty_groups(wor
 
 
 def test_bleu_tokenizer_follows_the_target():
-    """13a on Chinese, Japanese or another language without spaces counts whole sentences as words."""
+    """13a in a language without spaces, for which a sentence is a word."""
     without_spaces = ["今天天气很好，我们去公园吧。"]
     names = {
         "en-zh": "zh",
@@ -1130,7 +1130,7 @@ def test_limits_grow_with_what_a_script_takes(here, capsys):
 
 
 def test_two_spellings_are_one_pair(world, here, capsys):
-    """A pair compared with itself, which shares out its own neurons; not routed when translating."""
+    """A pair compared with itself, which shares out its own neurons; not routed later."""
     shutil.copytree(world / "data", "data")
     for path in Path("data").glob("test.*"):
         path.rename(path.with_suffix({".en": ".eng_Latn", ".de": ".deu"}.get(path.suffix, ".fr")))
@@ -1209,7 +1209,7 @@ def test_another_score_is_recorded(world, half_done, here, capsys, monkeypatch):
 
 
 def interrupt(words, name="train_step", count=4, save_every=0):
-    """A run that is interrupted at the nth call of a function of lander; its state is saved each step."""
+    """A run that is interrupted at the nth call of a function; its state is saved each step."""
     calls = [mock.DEFAULT] * (count - 1) + [KeyboardInterrupt]
     with mock.patch.object(lander, "SAVE_EVERY", save_every), noted(name, side_effect=calls):
         assert lander.main(words) == 130
@@ -1236,7 +1236,7 @@ PLACES = [("neuron_awareness", 2), ("translate_text", 1), ("train_step", 4), ("w
 
 @pytest.mark.parametrize("name, count", PLACES)
 def test_a_resumed_run_ends_in_the_same_bytes(world, whole, here, name, count):
-    """Batches drawn anew, moments lost, a log line twice, a half-written file taken for a whole one."""
+    """Batches drawn anew, moments lost, a log line twice, a half-written file."""
     interrupt(arguments(world), name, count)
     assert not list(Path().rglob("*.half-written"))
     assert lander.main("--out run --resume".split()) == 0, "its own record says the rest"
@@ -1244,7 +1244,7 @@ def test_a_resumed_run_ends_in_the_same_bytes(world, whole, here, name, count):
 
 
 def test_what_came_after_the_last_save_is_trained_again(world, whole, here):
-    """A log that goes on after steps that were lost; half a step's weights; a finished run that changes."""
+    """A log that goes on after steps that were lost; a finished run that changes."""
     words = arguments(world, "--resume")
     interrupt(words, "save_state", 1, save_every=10**6)  # at the last step: none is saved
     interrupt(words, count=4)
@@ -1303,9 +1303,9 @@ def test_a_run_of_all_units_that_keeps_others(world, here, capsys):
     assert not torch.equal(tuned(ids), load_model(world / "weights")(ids))
 
 
-OTHER_SETTINGS = """--pair fr-de, --layers 1, --epsilon 0.8, --lr 0.1, --steps 9, --batch 4, --seed 1,
-    --max-tokens 99, --score-pairs all, --score-sentences 9, --beams 2, --dtype bfloat16, --keep 1,
-    --language xx=Xish, --units all, --no-routing""".replace("\n", "").split(", ")
+OTHER_SETTINGS = """--pair fr-de, --layers 1, --epsilon 0.8, --lr 0.1, --steps 9, --batch 4,
+    --seed 1, --max-tokens 99, --score-pairs all, --score-sentences 9, --beams 2, --keep 1,
+    --language xx=Xish, --dtype bfloat16, --units all, --no-routing""".replace("\n", "").split(", ")
 with_e = lambda text: text.replace("a", "e")
 OTHER_FILES = {
     "data/test.de": with_e,
@@ -1320,7 +1320,7 @@ OTHER_FILES = {
 def test_resuming_with_another_setting_or_file_is_refused(
     world, half_done, here, capsys, monkeypatch, other
 ):
-    """Half a run with one seed and half with another; old hypotheses scored against new references."""
+    """Half a run with one seed and half with another; old hypotheses, new references."""
     monkeypatch.setattr(data, "LANGUAGES", dict(data.LANGUAGES))
     shutil.copytree(half_done, "run")
     before, words, named = contents("run"), other, other.split()[0].strip("-").replace("-", "_")
@@ -1336,7 +1336,7 @@ def test_resuming_with_another_setting_or_file_is_refused(
 
 
 def test_one_run_at_a_time_in_a_folder(world, whole, here, capsys):
-    """Two processes that mix their files; a run that begins over another; results of a run that is gone."""
+    """Two processes that mix their files; a run over another; results of a run that is gone."""
     with data.locked(Path("run")):
         assert "run: in use by another process" in error_of(capsys, arguments(world))
     shutil.copytree(whole, "run", dirs_exist_ok=True)
@@ -1348,7 +1348,7 @@ def test_one_run_at_a_time_in_a_folder(world, whole, here, capsys):
 
 @pytest.mark.parametrize("found", ["the loss is nan", "its gradient inf"])
 def test_a_loss_that_is_no_number_stops_the_run(world, here, monkeypatch, capsys, found):
-    """NaN weights saved over the last good state; a step by a gradient that overflows, with a finite loss."""
+    """NaN saved over the last good state; an overflowing gradient with a finite loss."""
     monkeypatch.setattr(lander, "SAVE_EVERY", 0)
     train_step, seen = lander.train_step, []
 
@@ -1397,14 +1397,14 @@ class Bytes:
 
 
 def translations(decoder, sources, new_tokens=3, **decoding):
-    """What translate_text makes of sources, with an all-byte tokenizer. -> lines, how many were cut"""
+    """What translate_text makes of sources, over bytes. -> lines, how many were cut"""
     settings = read_settings(**decoding)
     return lander.translate_text(decoder, Bytes, "en-de", sources, settings, new_tokens)
 
 
 @pytest.mark.parametrize("beams", [1, 2])
 def test_translations_do_not_depend_on_their_neighbours(beams, monkeypatch, capsys):
-    """Cut at a neighbour's limit; loops not counted; one line of 10,000 tokens, whose attention ends all."""
+    """Cut at a neighbour's limit; loops not counted; one line whose attention ends all."""
     decoder = tiny_decoder("bloom", vocabulary=128)
     sources = ["a", "", "a longer one, than the others", "two words", " ", "b" * 40, "b" * 5000]
     expected, cut = translations(decoder, sources, beams=beams)
@@ -1803,7 +1803,7 @@ def test_saving_is_atomic(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def tokenizer_folders(tmp_path_factory):
-    """Like BLOOM's; like LLaMA's, in a tokenizer.json; and like Baichuan's and LLaMA's tokenizer.model."""
+    """Like BLOOM's and LLaMA's tokenizer.json, like Baichuan's and LLaMA's tokenizer.model."""
     folders = {
         name: tmp_path_factory.mktemp(name) for name in ("bytes", "marks", "baichuan", "llama")
     }
@@ -1835,7 +1835,7 @@ def tokenizer_folders(tmp_path_factory):
     "name, front", [("bytes", []), ("marks", [1]), ("baichuan", []), ("llama", [])]
 )
 def test_prompt_and_target_are_what_the_joined_text_gives(tokenizer_folders, name, front):
-    """Two spaces where the tokenizer puts one itself, or none; what a file cuts off or pads; an end in a prompt."""
+    """Two spaces where one is put already, or none; what a file cuts off or pads."""
     ours = load_tokenizer(tokenizer_folders[name])
     assert (ours.prompt_prefix, ours.end_ids) == (front, [2])
     for target in ["das Haus", "the house is green", "Hund und Hund"]:
@@ -1876,7 +1876,7 @@ SPECIAL = [
 def test_what_begins_and_ends_a_text_comes_from_the_folders_files(
     tokenizer_folders, tmp_path, name, files, end_ids, front
 ):
-    """A text that never ends, or at an HTML tag; a chat's end of turn as text; another beginning."""
+    """A text that never ends, or at an HTML tag; a chat's end of turn as text."""
     shutil.copytree(tokenizer_folders[name], tmp_path, dirs_exist_ok=True)
     for stem, content in files.items():
         (tmp_path / f"{stem}.json").write_text(json.dumps(content))
@@ -1943,7 +1943,7 @@ def test_only_newlines_end_a_line(tmp_path):
 
 
 def test_languages_by_any_of_their_codes(monkeypatch):
-    """A pair of three parts; a region for a language; another case; a name that --language gives."""
+    """A pair of three parts; a region for a language; another case; a name that was given."""
     assert "xx" not in data.LANGUAGES
     monkeypatch.setattr(data, "LANGUAGES", dict(data.LANGUAGES))
     data.name_languages("xx=Xeno, ja= Nihongo ")
