@@ -8,7 +8,6 @@ what they stand on, the decoder, generation, checkpoints, tokenizers, text and f
 
 import contextlib
 import doctest
-import hashlib
 import itertools
 import json
 import math
@@ -16,7 +15,6 @@ import os
 import random
 import re
 import shutil
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -1255,20 +1253,6 @@ def test_what_came_after_the_last_save_is_trained_again(world, whole, here):
         assert contents("run") == contents(whole)
 
 
-def test_a_run_goes_on_elsewhere_with_less_memory(world, whole, half_done, here):
-    """Text, weights and run in other folders; the advice after running out of memory, refused."""
-    shutil.copytree(world, "elsewhere")
-    shutil.copytree(half_done, "moved")
-    words = "--weights elsewhere/weights --data elsewhere/data --out moved --resume"
-    memory = "--micro-tokens 200 --cache-gb 0.001 --checkpointing --device cpu"
-    assert lander.main(f"{words} {memory}".split()) == 0
-    found, expected = load_file("moved/tuned.safetensors"), load_file(whole / "tuned.safetensors")
-    assert found.keys() == expected.keys()
-    assert all(torch.allclose(found[name], expected[name], atol=1e-4) for name in found)
-    for name in ("results.json", "neurons.json"):
-        assert Path("moved", name).read_bytes() == (whole / name).read_bytes()
-
-
 def test_more_pairs_and_sentences_on_a_finished_run(world, whole, here, capsys):
     """Results of other sentences under one name; a pair that is scored after tuning alone."""
     more = "--eval-pairs en-de,fr-cs,de-en --eval-sentences 5"
@@ -1281,26 +1265,6 @@ def test_more_pairs_and_sentences_on_a_finished_run(world, whole, here, capsys):
     table = ends_in(capsys, 0, "--out run --resume --eval-pairs en-de".split()).out
     assert "mean, tuned" in table and "fr-cs" not in table
     assert json.loads(Path("run/results.json").read_text()).keys() == {"en-de", "fr-cs", "de-en"}
-
-
-def test_a_run_of_all_units_that_keeps_others(world, here, capsys):
-    """Channels lost on resuming or exporting; a start that is where the state was saved."""
-    words = "--units all --keep 0.5 --no-routing --score-pairs en-de,fr-de --max-tokens 0"
-    assert lander.main(arguments(world, f"{words} --out alone")) == 0
-    shown = capsys.readouterr().out
-    assert "kept: KL" in shown and "specific channels" in shown
-    assert log_of("alone")[2]["kept"] > 0
-    assert json.loads(Path("alone/neurons.json").read_text()).popitem()[1]["channels"]["en-de"]
-    assert json.loads(Path("alone/kept.json").read_text()).keys() == {"fr-de"}
-    interrupt(arguments(world, words), "train_step", 4)
-    assert lander.main(arguments(world, f"{words} --resume")) == 0
-    assert contents("run") == contents("alone")
-    assert lander.main(EXPORT) == 0
-    settings = read_settings(EXPORT, **json.loads(Path("run/args.json").read_text()))
-    tuned, _, _ = lander.load_tuned(settings)
-    ids = random_ids((2, 9), 90)
-    assert_close(load_model("exported")(ids), tuned(ids))
-    assert not torch.equal(tuned(ids), load_model(world / "weights")(ids))
 
 
 OTHER_SETTINGS = """--pair fr-de, --layers 1, --epsilon 0.8, --lr 0.1, --steps 9, --batch 4,
@@ -1420,32 +1384,6 @@ def test_translations_do_not_depend_on_their_neighbours(beams, monkeypatch, caps
     assert hypotheses == expected and scores["cut"] == cut and scores["sentences"] == 7
     alone = [translations(decoder, [source], beams=beams) for source in sources]
     assert [lines[0] for lines, _ in alone] == expected and sum(cut for _, cut in alone) == cut
-
-
-def test_limits_and_groups_by_hand(monkeypatch):
-    """Twice the prompt; a cache of --cache-gb for each beam, which is as often too large."""
-    decoder, asked, ends = tiny_decoder("bloom", vocabulary=128), [], [0]
-
-    def loops(ids, mask, limits, eos_id, beams, **options):
-        asked.append((len(ids), list(limits)))
-        return [[65] * (limit - ends[0]) for limit in limits]  # so many tokens before the limit
-
-    monkeypatch.setattr(decoder, "generate", loops)
-    prompt = len(data.prompt_text("en-de", "a"))
-    lines, cut = translations(decoder, list("abcd"))
-    translations(decoder, list("abcd"), new_tokens=7)
-    assert asked == [(4, [3 * prompt] * 4), (4, [7 * prompt] * 4)]
-    assert cut == 4 and len(lines[0]) == 3 * prompt
-    ends[0] = 1
-    assert translations(decoder, list("abcd"))[1] == 0, "none came to its limit"
-    room = 2 * 4 * prompt * decoder.cache_bytes() / 1e9  # for two prompts and their translations
-    for beams, sizes in [(1, [2, 2]), (2, [1, 1, 1, 1])]:
-        asked.clear()
-        translations(decoder, list("abcd"), beams=beams, cache_gb=room)
-        assert [size for size, _ in asked] == sizes
-    decoder.config = replace(decoder.config, longest=prompt + 9)
-    lines, _ = translations(decoder, ["a", "b" * 11, "c"])
-    assert asked[-1] == (2, [9, 9]) and lines[1] == "", "a window, or no positions left"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1995,18 +1933,6 @@ def test_examples_and_batches():
     assert ids(1) == ids(1) != ids(2)
     (long,) = make_batches([([4] * 100, [])], 3, tokens_per_batch=64)
     assert long.ids.shape == (1, 100)
-
-
-def test_sisters_have_other_fingerprints(tmp_path):
-    """bloom and bloomz: the same names, shapes and sizes; 14 GB that are read at every start."""
-    tensors = {f"layer.{i}": torch.full((2000, 1000), float(i)) for i in range(3)}
-    path, found = tmp_path / "0.safetensors", []
-    for number in (1.0, 1.0, 1.5):
-        data.write_tensors(path, tensors | {"layer.1": torch.full((2000, 1000), number)})
-        found.append(data.fingerprint(path))
-    assert found[0] == found[1] != found[2]
-    (tmp_path / "a.json").write_text("{}" * 9999)
-    assert data.fingerprint(tmp_path / "a.json") == hashlib.sha256(b"{}" * 9999).hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------
