@@ -333,7 +333,7 @@ def show_neurons(all_settings):
 
 
 def show_kl(all_settings):
-    """What +kl=1 costs in BLEU of the tuned pair and in time, and what it saves: each at its best."""
+    """What +kl=1 costs in BLEU of the tuned pair, and what it saves: each at its best rate."""
     rows = []
     for setting in all_settings:
         for method in sorted(setting.runs):
@@ -345,11 +345,9 @@ def show_kl(all_settings):
             row = [setting.name, method, shown(differences(held, plain, setting.bleu), 1)]
             for lines in (plain, held):
                 row.append(f"{mean(setting.loss(line, OTHER) for line in lines.values()):+.3f}")
-            seconds = [min(line["seconds"] for line in own.values()) for own in (plain, held)]
-            row.append(f"{seconds[1] / seconds[0]:.1f}")
             rows.append(row)
     head = ["setting", "method", "BLEU with KL less without", "loss, other: without", "with"]
-    table([*head, "time with / without"], rows)
+    table(head, rows)
 
 
 def show_translations(all_settings):
