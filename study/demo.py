@@ -46,7 +46,7 @@ NOUNS, VERBS, ADJECTIVES = 20, 10, 6
 
 
 def toy_words(code):
-    """A language's stems: "qaa" -> {"noun": ["gide", "fafe", ...], "verb": ..., "adjective": ...}"""
+    """A language's stems: "qaa" -> {"noun": ["gide", ...], "verb": ..., "adjective": ...}"""
     rng = random.Random(code)
     syllables = [c + vowel for c in TOY_LANGUAGES[code].consonants for vowel in "aeiou"]
     words = [first + second for first in syllables for second in syllables]
@@ -56,7 +56,7 @@ def toy_words(code):
 
 
 def toy_meaning(rng):
-    """What a sentence says: S, O and perhaps P are (noun, plural, adjective or None), V (verb, past).
+    """What a sentence says: S, O, perhaps P: (noun, plural, adjective or None); V: (verb, past).
 
     "big dogs saw a cat" might be {"S": (3, True, 1), "O": (5, False, None), "V": (2, True)}, which
     are numbers into toy_words.

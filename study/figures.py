@@ -1,16 +1,21 @@
-"""The figures: of a finished run, for report.py and the README. All that draws with matplotlib.
+"""The figures: of a finished run, of the method, of the study. All that draws with matplotlib.
 
 Each draws into axes that the caller made, so that any of them can stand alone or beside others. A
 run is what report.read_run returns.
 """
 
 import io
+import itertools
+import math
 import re
+from statistics import mean
 
 import torch
 
 import lander
 from data import split_pair
+from study.methods import METHODS
+from study.tables import equal_loss, verdict
 
 GENERAL, SPECIFIC, REST = "#4878a8", "#c8602a", "#9a9a9a"
 COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#404040"]
@@ -179,16 +184,7 @@ def languages(run):
 
 
 # --------------------------------------------------------------------------------------------------
-# The README's
-
-
-def draw_run(run, path):
-    """Four of a run's pictures in one."""
-    figure, panels = pyplot().subplots(2, 2, figsize=(10, 8), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.1)
-    for axes, draw in zip(panels.flat, (draw_variance, draw_owners, draw_losses, draw_bleu)):
-        draw(axes, run)
-    save(figure, path)
+# The method
 
 
 def draw_ffn(path):
@@ -218,3 +214,76 @@ def draw_ffn(path):
         axes.annotate("", (x, 2.12), (x, 2.48), arrowprops=arrow)
         axes.annotate("", (4, 0.28), (x, 1.08), arrowprops=arrow)
     save(figure, path)
+
+
+# --------------------------------------------------------------------------------------------------
+# The study's
+
+
+def draw_study(settings, path):
+    """The study in one figure. settings: of each column; the first is that of the points"""
+    figure, (left, right) = pyplot().subplots(
+        1, 2, figsize=(11.5, 4.6), layout="constrained", width_ratios=(1.5, 1)
+    )
+    draw_methods(left, settings)
+    draw_costs(right, settings[0])
+    save(figure, path)
+
+
+def draw_methods(axes, settings):
+    """BLEU of each method less LANDeRMT's, where other pairs' perplexity is up by 2%."""
+    names = [setting.name for setting in settings]
+    plain = {name for setting in settings for name in setting.runs if "+" not in name}
+    methods = [name for name in METHODS if name in plain - {"lander"}]
+    values = torch.full((len(methods), len(settings)), torch.nan)
+    texts, level, alone = {}, [], []
+    for cell in itertools.product(range(len(methods)), range(len(settings))):
+        setting, method = settings[cell[1]], methods[cell[0]]
+        if method not in setting.runs:
+            continue
+        found = equal_loss(setting, method)
+        if found is None:
+            texts[cell] = "†"
+            continue
+        texts[cell] = f"{mean(found):+.1f}"
+        if verdict(found) == "level":
+            level.append(cell)
+        else:
+            values[cell] = math.copysign(abs(mean(found)) ** 0.5, mean(found))
+        if len(found) == 1:
+            alone.append(cell)
+    draw_cells(axes, values, texts, methods, names, (-8, 8), "PuOr")  # square roots
+    shade_cells(axes, level, facecolor="#d0d0d0")
+    shade_cells(axes, alone, fill=False, hatch="////", edgecolor="#00000030")
+    axes.set_xticklabels([name.replace("-", "\n", 1) for name in names], fontsize=8)
+    axes.set_title("BLEU less LANDeRMT's, others' perplexity up by 2%", fontsize=9)
+    note = "grey: the seeds disagree; hatched: one seed; white: not run; †: others lose more at any rate"
+    axes.set_xlabel(note, fontsize=8)
+
+
+def draw_costs(axes, setting):
+    """What the tuned pair gains against what others lose: a point a run; names at the best rate."""
+    methods = [name for name in METHODS if name in setting.runs]
+    for number, method in enumerate(methods):
+        color = color_of(number)
+        for kind, marker in (("other", "o"), ("reverse", "x")):
+            for rate in setting.up_to_best(method):
+                seeds = setting.runs[method][rate]
+                x = [setting.loss(line, kind) for line in seeds.values()]
+                y = [setting.bleu(line) for line in seeds.values()]
+                axes.scatter(x, y, 18, color, marker=marker, linewidths=1)
+                if kind == "other" and rate == setting.best(method):
+                    place = {"xytext": (4, 3), "textcoords": "offset points", "fontsize": 8}
+                    axes.annotate(method, (mean(x), mean(y)), color=color, **place)
+    axes.axvline(0, color="#bbbbbb", linewidth=0.8, zorder=0)
+    axes.set(xlabel="loss of pairs that were not tuned, change in nats", ylabel="BLEU gained")
+    axes.set_title(f"{setting.name}: ● other pairs, × the reverse pair", fontsize=9)
+    axes.grid(alpha=0.3)
+
+
+def shade_cells(axes, cells, **style):
+    """Cover cells of draw_cells."""
+    from matplotlib.patches import Rectangle
+
+    for row, column in cells:
+        axes.add_patch(Rectangle((column, row), 1, 1, linewidth=0, zorder=1, **style))

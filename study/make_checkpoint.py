@@ -8,9 +8,9 @@
     python study/make_checkpoint.py smollm2
 
 Real models, on a machine without a hub. The weights are the published ones but for their rounding,
-to 4 to 8 bits in blocks that have a scale. What llama.cpp stores in another way is turned back: rows
-of query and key, the 1 of Gemma's norms, merges of Gemma's tokens. Of Gemma's config.json the file
-does not say window layers, their rotary base, and the scale of the scores: these are those of
+to 4 to 8 bits in blocks that have a scale. What llama.cpp stores in another way is turned back:
+rows of query and key, the 1 of Gemma's norms, merges of Gemma's tokens. Of Gemma's config.json the
+file does not say window layers, their rotary base, and the scale of the scores: these are those of
 Gemma3TextConfig in transformers.
 
 Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms.
@@ -146,9 +146,10 @@ def smollm2_tokenizer(tokens, kinds, say):
 
 
 def gemma_tokenizer(tokens, kinds, say):
-    """tokenizer.json over "▁" for a space. A token's merges: each cut in two tokens, the longest first.
+    """tokenizer.json over "▁" for a space.
 
-    llama.cpp keeps the order of tokens alone: that of their merges.
+    llama.cpp keeps no merges, only tokens in their order. A token's merges: each cut in two tokens,
+    the longest first.
     """
     known, merges = set(tokens), []
     for token, kind in zip(tokens, kinds):

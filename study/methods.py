@@ -73,7 +73,7 @@ def no_car(model, context):
 
 
 def shuffled(awareness):
-    """Every layer's scores, each unit's given to another one: groups of the same sizes. [P, L, F]"""
+    """Every layer's scores, each unit's given to another: groups of the same sizes. [P, L, F]"""
     order = torch.rand_like(awareness[0]).argsort(-1)  # [L, F]
     return awareness.gather(-1, order.expand_as(awareness))
 
@@ -103,8 +103,8 @@ def lape(model, context):
     """Neurons by language activation probability entropy (Tang et al. 2024).
 
     p is how often a neuron is active on a language's text. Those of lowest entropy over languages
-    are specific, each to the language where p is highest, and a pair owns its target language's. The
-    paper's filter of rare activations is left out. Shares, routing and training are LANDeRMT's.
+    are specific, each to the language where p is highest, and a pair owns its target language's.
+    The paper's filter of rare activations is left out. The rest is LANDeRMT's.
     """
     codes = languages(context.inputs.scoring)
     active = torch.stack([context.scores[f"active {code}"] for code in codes])  # [languages, L, F]
@@ -201,8 +201,8 @@ def lora(model, context, rank):
 # --------------------------------------------------------------------------------------------------
 # The recipe of the public scripts
 #
-# github.com/rainyuniverse/llm_interpre is very likely the authors'. There a unit is an output of any
-# module of a block: a row of its weight and its bias. Languages own units, not pairs; a row's
+# github.com/rainyuniverse/llm_interpre is very likely the authors'. There a unit is an output of
+# any module of a block: a row of its weight and its bias. Languages own units, not pairs; a row's
 # gradient is scaled by its awareness, and nothing is routed.
 
 
@@ -308,7 +308,7 @@ def scripts(model, context):
 
 
 def scale_rows(model, factor, gradient):
-    """Of the tuned pair; other pairs' text, as KL's, scales nothing. factor [rows]; gradient [rows, ..]"""
+    """Of the tuned pair; other pairs' text scales nothing. factor [rows]; gradient [rows, ..]"""
     if getattr(model, "reads_other_pairs", False):
         return gradient
     return gradient * factor.to(gradient).view(-1, *[1] * (gradient.dim() - 1))

@@ -1,8 +1,7 @@
 """A page about a finished run, RUN/report.html: one file, nothing in it from elsewhere.
 
     pip install matplotlib
-    python study/report.py RUN               # the page
-    python study/report.py RUN --readme      # and the README's study/ffn.svg and study/run.svg
+    python study/report.py RUN
 
 In this file: a run's files; sentences, token by token; the page. The pictures are in figures.py.
 """
@@ -239,21 +238,16 @@ def show_page(run):
 """
 
 
-def write_report(folder, readme):
-    run, path = read_run(folder), folder / "report.html"
-    write_text(path, show_page(run))
+def write_report(folder):
+    path = folder / "report.html"
+    write_text(path, show_page(read_run(folder)))
     print(path)
-    if readme:
-        figures.draw_ffn(ROOT / "study" / "ffn.svg")
-        figures.draw_run(run, ROOT / "study" / "run.svg")
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("run", type=Path, help="folder of a finished run")
-    parser.add_argument("--readme", action="store_true", help="draw study/ffn.svg and run.svg, too")
-    args = parser.parse_args(argv)
-    return exit_status(write_report, args.run, args.readme)
+    return exit_status(write_report, parser.parse_args(argv).run)
 
 
 if __name__ == "__main__":

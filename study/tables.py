@@ -2,8 +2,9 @@
 
     python study/tables.py > study/tables.md        # and the figures, with --figures
 
-The unit is a seed: two methods are compared on the same seed, whose batches are the same. Where there
-are several, a difference has its mean and, in parentheses, each seed's. One seed gets no verdict.
+The unit is a seed: two methods are compared on the same seed, whose batches are the same. Where
+there are several, a difference has its mean and, in parentheses, each seed's. One seed gets no
+verdict.
 
 In this file: reading results; differences; at equal loss of others; the tables.
 """
@@ -70,7 +71,7 @@ def settings(names, prefix="grid"):
 # --------------------------------------------------------------------------------------------------
 # Differences
 
-# Of Student's t at 90%, by degrees of freedom; two-sided p for two of them is 1 - t / sqrt(t^2 + 2).
+# Of Student's t at 90%, by degrees of freedom. For two, two-sided p is 1 - t / sqrt(t^2 + 2).
 T_90 = {1: 6.314, 2: 2.920, 3: 2.353, 4: 2.132}
 
 
@@ -239,7 +240,7 @@ def show_who_pays(all_settings):
 
 
 def show_test_of_who_pays(all_settings):
-    """One number a seed: the mean over the rates up to the best, which were fixed before looking."""
+    """One number a seed: the mean over the rates up to the best, fixed before looking."""
     rows = []
     for aware, chance in CHOICES.items():
         for setting in all_settings:
@@ -259,9 +260,7 @@ def show_test_of_who_pays(all_settings):
                 values = [mean(of_seed) for of_seed in zip(*own)]
                 row.append(f"{shown(values)} {verdict(values)}")
             rows.append(row)
-    print(
-        "\n### The same, mean over the rates up to the best: above or below 0 by a paired t at 90%"
-    )
+    print("\n### The same, mean over the rates up to the best; above or below 0: paired t, 90%")
     table(["", "setting", *KINDS], rows)
 
 
@@ -351,7 +350,7 @@ def show_kl(all_settings):
 
 
 def show_translations(all_settings):
-    """BLEU and chrF of pairs of each kind, each method at its best rate: change, mean over seeds."""
+    """BLEU and chrF of pairs of each kind, each method at its best rate: mean change."""
     for setting in all_settings:
         rows = []
         for method, rates in by_method(read_results(setting.folder, "chosen.jsonl")).items():
@@ -375,11 +374,9 @@ def show_translations(all_settings):
 
 def show_all():
     natural, toy = settings(NATURAL), settings(TOY)
+    print("# Tables of the study\n")
     print(
-        "# Tables of the study\n\nPrinted by `python study/tables.py > study/tables.md`. A setting is a"
-    )
-    print(
-        "checkpoint and its tuned pair; kinds of pairs and the tests are explained in README.md here."
+        "Printed by `python study/tables.py > study/tables.md`. README.md beside this explains them."
     )
     show_settings(natural + toy)
     print("\n## Who pays: awareness against chance")
@@ -407,4 +404,5 @@ if __name__ == "__main__":
     if "--figures" in sys.argv:
         from study import figures
 
-        figures.draw_study()
+        figures.draw_ffn(ROOT / "study" / "ffn.svg")
+        figures.draw_study(settings([*NATURAL, *TOY]), ROOT / "study" / "methods.svg")
