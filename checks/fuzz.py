@@ -2,10 +2,10 @@
 
     python checks/fuzz.py --cases 10000 --seed 0        # half an hour on one core
 
-Good is status 0 with a line for every line, or status 2 with one line of error. Bad is a crash, 20 s
-of computing, more than 2 GB, a file written outside the run folder, or a traceback; but what a run
-wrote itself is trusted, and where that was damaged a traceback is good. A case is a function of its
-number and the seed: --only NUMBER shows it again.
+Good is status 0 with a line for every line, or status 2 with one line of error. Bad is a crash,
+20 s of computing, more than 2 GB, a file written outside the run folder, or a traceback; but what a
+run wrote itself is trusted, and where that was damaged a traceback is good. A case is a function of
+its number and the seed: --only NUMBER shows it again.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lander
-from data import load_tokenizer, prompt_text, read_lines, read_tensors, write_json, write_lines
+from data import PROMPT, load_tokenizer, read_lines, read_tensors, write_json, write_lines
 from model import Decoder, read_config, save_model
 from test_lander import LETTERS, LLAMA3_SCALING, interrupt, sentence, train_bpe
 
@@ -47,16 +47,17 @@ RESULT, ONE_LINE, TRUSTED = "a result", "one line of error", "a traceback for a 
 
 
 SIZES = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24)
+SIZES |= dict(num_key_value_heads=1, head_dim=8, max_position_embeddings=512)
 CONFIGS = {
     "bloom": dict(n_embed=16, n_layer=3, n_head=2),
-    "baichuan": SIZES | dict(model_max_length=512, z_loss_weight=0),
+    "baichuan": SIZES | dict(z_loss_weight=0),
     "llama": SIZES | dict(rope_scaling=LLAMA3_SCALING),
-    "qwen2": SIZES | dict(num_key_value_heads=1, eos_token_id=[2, 3]),
-    "qwen3": SIZES | dict(num_key_value_heads=1, head_dim=6),
+    "qwen2": SIZES | dict(eos_token_id=[2, 3]),
+    "qwen3": SIZES | dict(head_dim=6),
     "gpt2": dict(n_embd=16, n_layer=3, n_head=2, n_positions=1024),
-    "gemma3_text": SIZES | dict(num_key_value_heads=1, head_dim=8, sliding_window=30),
+    "gemma3_text": SIZES | dict(sliding_window=30),
 }
-MORE_WORDS = {"bloom": "--units all --keep 1", "gpt2": "--no-routing", "qwen3": "--no-routing"}
+MORE_WORDS = {"bloom": "--units all --keep 1", "gpt2": "--no-routing", "qwen3": "--valid-every 1"}
 
 
 def train_marks(path, lines):
@@ -72,7 +73,7 @@ def train_marks(path, lines):
 
 
 def build(folder):
-    """Text in all forms; of each family a checkpoint, a finished run and one that was broken off."""
+    """Text in all forms; of each family a checkpoint, a finished run and one broken off."""
     meanings = [random.Random(seed).sample(range(20), 4) for seed in range(6)]
     text = {code: [sentence(code, meaning) for meaning in meanings] for code in LETTERS}
     en, de, fr, cs = text.values()
@@ -83,11 +84,11 @@ def build(folder):
     items = [{"translation": {"en": a, "cs": b, "fr": c}} for a, b, c in zip(en, cs, fr)]
     write_lines(folder / "data/train.en-cs.jsonl", map(json.dumps, items))
     write_json(folder / "data/train.en-fr.json", items)
-    write_lines(folder / "input", [*en[:2], "", "x"])
-    prompts = [prompt_text("en-de", line) for line in en]
+    write_lines(folder / "data/input", [*en[:2], "", "x"])
+    write_lines(folder / "data/prompt", ["{source} to {target}: {text} = "])
     for name in CONFIGS:
         # Each in a process of its own, so that in this one nothing computes and no thread starts.
-        assert (outcome := apart(build_family, folder, name, prompts)) == RESULT, outcome
+        assert (outcome := apart(build_family, folder, name, [PROMPT, *en])) == RESULT, outcome
 
 
 def build_family(folder, name, lines):
@@ -119,8 +120,8 @@ def build_family(folder, name, lines):
 
 def run_words(name, out):
     words = f"--pair en-de --weights {name} --data data --out {out} --layers 1 --steps 2 --batch 2"
-    words += " --score-sentences 2 --score-pairs en-de,fr-cs,en-cs,en-fr --eval-sentences 1"
-    return f"{words} --device cpu {MORE_WORDS.get(name, '')}".split()
+    words += " --score-sentences 3 --score-pairs en-de,fr-cs,en-cs,en-fr --eval-sentences 1"
+    return f"{words} --max-tokens 999 --device cpu {MORE_WORDS.get(name, '')}".split()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -170,7 +171,7 @@ def mutate_text(raw, rng):
     at = rng.randrange(len(lines))
     more = [b"", b"  ", b"\t", b"\t\t", b"{}", b"[", b"\r", "\u2028".encode()]
     more += [b"\xef\xbb\xbf" + lines[at], lines[at] * 30, lines[at] * 3000]
-    if lines[at].startswith(b"{"):
+    if lines[at].startswith(b'{"'):
         more = [*more[-3:], *[mutate_json(lines[at], rng) for _ in range(9)]]
     lines[at : at + rng.randrange(2)] = rng.choice([[], [rng.choice(more)], [rng.choice(more)]])
     return b"\n".join(lines) if rng.random() < 0.9 else b""
@@ -196,12 +197,11 @@ def mutate(path, raw, rng):
     return MUTATIONS.get(path.suffix, mutate_text)(raw, rng)
 
 
-# --export writes where it is told to: here it is told out, as all that writes.
 FLAGS = [f"--{name.replace('_', '-')}" for name in vars(lander.read_settings())]
-FLAGS.remove("--export")
-ARGUMENTS = """0 -1 1 2 7 999999 1000000000000000000000000000000 nan inf 1e-400 0.5 x all en-de fr-cs
-en en-en de-en,en-cs en-xx xx=X , - input data bloom run-bloom nowhere /dev/null /proc/x/y meta cpu
-float32 bfloat16 cuda abacus ../.. --no-routing --checkpointing --resume --fast -h""".split()
+FLAGS.remove("--export")  # it writes where it is told to: here, into out
+ARGUMENTS = """0 -1 1 2 7 300 1000000000000000000000000000000 nan inf 1e-400 0.5 x all en-de
+fr-cs en en-en de-en,en-cs en-xx xx=X , - input data bloom run-bloom nowhere /dev/null /proc/x/y
+meta cpu float32 bfloat16 cuda abacus ../.. --no-routing --checkpointing --resume --fast -h""".split()
 ARGUMENTS += ["--export=out", "", "\0", "é" * 300, "\udcff"]
 
 
@@ -221,25 +221,25 @@ def choose(world, rng):
     """-> the words of a case, the file that it damages or None, and whether a run wrote that"""
     name = rng.choice(list(CONFIGS))
     tuning = run_words(name, "out")
-    translating = f"--pair en-de --tuned run-{name} --translate input".split()
+    translating = f"--pair en-de --tuned run-{name} --translate data/input".split()
     kind = rng.choices(["words", "text", "checkpoint", "finished", "begun"], [3, 3, 6, 2, 2])[0]
     if kind == "words":
         words = mutate_words(rng.choice([translating, tuning]), rng)
         # Last, so that what is written lies in out, whatever was said before.
         return words if "--tuned" in words else [*words, "--out", "out"], None, False
     if kind == "text":
-        path = rng.choice([*sorted(world.glob("data/*")), world / "input"])
-        return translating if path.name == "input" else tuning, path, False
+        path = rng.choice(sorted(world.glob("data/*")))
+        words = translating if path.name == "input" else [*tuning, "--prompt", "data/prompt"]
+        return words, path, False
     if kind == "checkpoint":
-        words = rng.choice([tuning, tuning, tuning, translating])
-        return words, rng.choice(sorted(world.glob(f"{name}/*"))), False
+        return tuning, rng.choice(sorted(world.glob(f"{name}/*"))), False
     if kind == "finished":
         words = rng.choice([translating, f"--tuned run-{name} --export out".split()])
         file = rng.choice(["args.json", "neurons.json", "tuned.safetensors"])
         return words, world / f"run-{name}" / file, True
     shutil.copytree(world / f"broken-{name}", world / "out")
     files = sorted(path for path in world.glob("out/**/*") if path.is_file())
-    return "--out out --resume".split(), rng.choice(files), True
+    return [*tuning, "--resume"], rng.choice(files), True
 
 
 def run_case(world, words):
@@ -247,11 +247,11 @@ def run_case(world, words):
     out, err = io.StringIO(), io.StringIO()
     with contextlib.chdir(world), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = lander.main(words)
-    said, printed = err.getvalue().splitlines(), out.getvalue().count("\n")
+    said, printed = err.getvalue().rstrip("\n").split("\n"), out.getvalue().count("\n")
     errors = [line for line in said if line.startswith(("error: ", "lander.py: error: "))]
     if status == 2 and len(errors) == 1 and errors == said[-1:]:
         return ONE_LINE
-    if status == 0 and (words[-1] != "input" or printed == len(read_lines(world / "input"))):
+    if status == 0 and (words[-1] != "data/input" or printed == len(read_lines(world / words[-1]))):
         return RESULT
     return f"status {status}, {printed} lines printed, and said {err.getvalue()}"
 
@@ -263,9 +263,8 @@ def apart(call, *arguments):
     if child == 0:
         resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
         signal.alarm(30 * SECONDS)  # for what waits and computes nothing
-        nothing = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1, 2):
-            os.dup2(nothing, stream)
+            os.dup2(os.open(os.devnull, os.O_RDWR), stream)
         try:
             outcome = call(*arguments)
         except BaseException as error:  # whatever it is, it is what a user would see

@@ -27,7 +27,7 @@ import test_lander
 from data import load_tokenizer, make_batch, read_lines, read_parallel, render
 from model import load_model, save_model
 from test_lander import EXPORT, KINDS, LLAMA3_SCALING, LLAMA_LIKE, arguments, assert_close, one
-from test_lander import here, nan_in_new_memory, tokenizer_folders, world  # noqa: F401, fixtures
+from test_lander import here, nan_in_new_memory, tokenizer_folders, world  # fixtures
 from test_lander import padded_ids, random_ids, randomize, tiny_decoder, up_to_end
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
@@ -98,7 +98,7 @@ LEFT_OUT = """num_key_value_heads rms_norm_eps attention_bias mlp_bias head_dim 
     layer_types sliding_window use_sliding_window tie_word_embeddings max_position_embeddings"""
 ABSENT = dict.fromkeys(LEFT_OUT.split(), "gone")
 MISTRAL = {"num_attention_heads": 16, "num_key_value_heads": 8, "hidden_size": 64}
-GEMMA3 = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256}
+GEMMA3 = {"num_hidden_layers": 6, "num_key_value_heads": 4, "head_dim": 256}
 # Windows that are shorter than the input.
 NEAR = {"sliding_window": 9, "num_key_value_heads": 2}
 NEAR_QWEN = NEAR | {"use_sliding_window": True, "max_window_layers": 1}
@@ -111,6 +111,7 @@ BOTH_BASES = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
 }
 APART = {"rope_parameters": BOTH_BASES, "tie_word_embeddings": False}
+APART["layer_types"] = ["sliding_attention", "full_attention", "sliding_attention"]
 
 # What a reader or a loader gets wrong at first: kind, options of transformers' config, and how the
 # files are written.
@@ -213,9 +214,11 @@ def test_of_gemma3_with_images_the_text_part_is_read(tmp_path):
 
 
 PUBLISHED = [kind for kind in KINDS if kind not in ("rotary", "alibi")]  # those are Baichuan's
+# Small Gemmas say one token again and again: their embedding is scaled, and tied.
+VARIED = [kind for kind in KINDS if not kind.startswith("gemma")]
 
 
-@pytest.mark.parametrize("kind", PUBLISHED)
+@pytest.mark.parametrize("kind", [kind for kind in PUBLISHED if kind in VARIED])
 def test_beam_search_equals_transformers(kind, tmp_path, nan_in_new_memory):
     """A beam without its cache, a hypothesis lost, a length miscounted, a stop too early."""
     rng, ended, not_greedy = random.Random(0), 0, 0
@@ -240,7 +243,7 @@ def test_cached_greedy_equals_recomputation_in_all_kinds(kind, side, nan_in_new_
     test_lander.test_cached_greedy_equals_recomputation(kind, side, None)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", VARIED)
 def test_a_line_break_ends_a_translation_in_all_kinds(kind, nan_in_new_memory):
     """A line too many, in a family that the quick tests leave out."""
     test_lander.test_a_line_break_ends_a_translation(kind, None)
@@ -279,7 +282,7 @@ TEXTS = [
 def assert_framed_as_theirs(ours, prompts_of, lines):
     """Prompts as another library has them, and no seam between a prompt and its target."""
     for line, target in zip(lines, lines[1:]):
-        text = data.prompt_text("en-de", line)
+        text = data.prompt_text("en-de", line).rstrip(" ")
         prompt, answer = render(ours, "en-de", line, target)
         assert prompt == prompts_of(text), ascii(line)
         if target[:1].strip():  # a text that begins with a space has two behind the prompt

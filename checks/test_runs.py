@@ -6,11 +6,14 @@ In this file: several processes; a device that is not the CPU; memory; damaged f
 runs, a little of what fuzz.py and interrupt.py do; training; generation; checkpoints.
 """
 
+import hashlib
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,10 +26,10 @@ import lander
 import model
 from lander import read_settings
 from model import Decoder, load_model, save_model
-from test_lander import Letters, Texts, arguments, contents, interrupt, log_of, names_in
-from test_lander import here, world  # noqa: F401, fixtures
-from test_lander import padded_ids, random_groups, refused, routed_decoder, same_weights
-from test_lander import tiny_decoder, unpadded, without
+from test_lander import EXPORT, Letters, Texts, arguments, assert_close, contents, interrupt
+from test_lander import half_done, here, whole, world  # fixtures
+from test_lander import log_of, names_in, padded_ids, random_groups, random_ids, refused
+from test_lander import routed_decoder, same_weights, tiny_decoder, translations, unpadded, without
 
 ROOT = Path(lander.__file__).resolve().parent
 IMPORTABLE = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -68,7 +71,7 @@ def assert_same_result(folder, other):
     [(2, "--keep 0.5 --max-tokens 0"), (2, "--units all --no-routing"), (3, "--batch 2")],
 )
 def test_the_number_of_processes_does_not_matter(world, here, capfd, processes, options):
-    """A mean of means; a share counted twice; a process without a sentence that moves other neurons."""
+    """A mean of means; a share counted twice; a process without a sentence that moves others."""
     words = arguments(world, f"{options} --steps 6", pair="en-de,fr-de")
     assert lander.main([*words, "--out", "alone"]) == 0
     alone = capfd.readouterr().out
@@ -128,12 +131,18 @@ with device.OnPretend():
 """
 
 
-@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 1e-2)])
-def test_a_device_that_is_not_the_cpu(world, here, dtype, tolerance):
+@pytest.mark.parametrize(
+    "tolerance, options",
+    [
+        (1e-5, "--dtype float32 --units all --keep 1"),
+        (1e-2, "--dtype bfloat16 --beams 2 --valid-every 2"),
+    ],
+)
+def test_a_device_that_is_not_the_cpu(world, here, tolerance, options):
     """A tensor left on the CPU: the first user with CUDA would be the one to find it."""
-    more = f"--dtype {dtype} --beams 2 --steps 4 --eval-sentences 2 --units all --keep 1"
-    words = arguments(world, more, pair="en-de,fr-de")
-    data.write_lines(Path("input"), ["ba de.", "", "do."])
+    small = "--steps 4 --eval-pairs en-de --eval-sentences 1 --score-sentences 2"
+    words = arguments(world, f"{options} {small}", pair="en-de,fr-de")
+    data.write_lines(Path("input"), ["ba de."])
     done = python("-c", ON_PRETEND, "--device", "pretend", *words, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert lander.main([*words, "--device", "cpu", "--out", "here"]) == 0
@@ -146,8 +155,8 @@ def test_a_device_that_is_not_the_cpu(world, here, dtype, tolerance):
 
 
 MEASURE_LOADING = """
-import resource, sys, torch, model
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+import re, sys, torch, model
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 model.load_model(sys.argv[1] + "/warm-up")
 before = peak()
 loaded = model.load_model(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
@@ -155,16 +164,17 @@ print(peak() - before, sum(p.nbytes for p in loaded.parameters()))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_loading_holds_the_weights_once(tmp_path, dtype):
-    """Reading a whole file before converting it takes 1.5 times the weights; 1.15 is allowed."""
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says there what is held")
+@pytest.mark.parametrize("dtype, largest", [("float32", 1.65), ("float16", 0.3)])
+def test_loading_holds_the_weights_once(tmp_path, dtype, largest):
+    """A copy of weights that can stay in the file; in 32 bits another beside it and the result."""
     sizes = dict(model_type="bloom", vocab_size=20000, n_embed=1024, n_layer=6, n_head=8)
     save_model(Decoder(model.read_config(sizes)).half(), tmp_path)
     save_model(tiny_decoder("bloom").half(), tmp_path / "warm-up")
     done = python("-c", MEASURE_LOADING, tmp_path, dtype, capture_output=True, check=True)
     peak, weights = map(int, done.stdout.split())
-    assert peak < 1.15 * weights
+    # In 32 bits the mapped file counts, half as large, which the system may drop at any time.
+    assert peak < largest * weights
 
 
 # --------------------------------------------------------------------------------------------------
@@ -181,10 +191,44 @@ def test_damaged_files_end_in_one_line():
 
 
 def test_runs_that_are_ended_go_on_to_the_same_bytes():
-    """A half-written file taken for a whole one; moments lost; two processes that mix their files."""
+    """A half-written file taken for a whole one; moments lost; two processes that mix files."""
     done = python(ROOT / "checks/interrupt.py", "--times", 2, capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("all the same bytes") == 4 and "in use by another" in done.stdout
+
+
+def test_a_run_goes_on_elsewhere_with_less_memory(world, whole, half_done, here):
+    """Text, weights and run in other folders; the advice after running out of memory, refused."""
+    shutil.copytree(world, "elsewhere")
+    shutil.copytree(half_done, "moved")
+    words = "--weights elsewhere/weights --data elsewhere/data --out moved --resume"
+    memory = "--micro-tokens 200 --cache-gb 0.001 --checkpointing --device cpu"
+    assert lander.main(f"{words} {memory}".split()) == 0
+    found, expected = load_file("moved/tuned.safetensors"), load_file(whole / "tuned.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.allclose(found[name], expected[name], atol=1e-4) for name in found)
+    for name in ("results.json", "neurons.json"):
+        assert Path("moved", name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_run_of_all_units_that_keeps_others(world, here, capsys):
+    """Channels lost on resuming or exporting; a start that is where the state was saved."""
+    words = "--units all --keep 0.5 --no-routing --score-pairs en-de,fr-de --max-tokens 0"
+    assert lander.main(arguments(world, f"{words} --out alone")) == 0
+    shown = capsys.readouterr().out
+    assert "kept: KL" in shown and "specific channels" in shown
+    assert log_of("alone")[2]["kept"] > 0
+    assert json.loads(Path("alone/neurons.json").read_text()).popitem()[1]["channels"]["en-de"]
+    assert json.loads(Path("alone/kept.json").read_text()).keys() == {"fr-de"}
+    interrupt(arguments(world, words), "train_step", 4)
+    assert lander.main(arguments(world, f"{words} --resume")) == 0
+    assert contents("run") == contents("alone")
+    assert lander.main(EXPORT) == 0
+    settings = read_settings(EXPORT, **json.loads(Path("run/args.json").read_text()))
+    tuned, _, _ = lander.load_tuned(settings)
+    ids = random_ids((2, 9), 90)
+    assert_close(load_model("exported")(ids), tuned(ids))
+    assert not torch.equal(tuned(ids), load_model(world / "weights")(ids))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -239,6 +283,32 @@ def test_generation_casts_weights_once(monkeypatch):
     assert before != decoder.generate(ids, None, 9, eos_id=89)
 
 
+def test_limits_and_groups_by_hand(monkeypatch):
+    """Twice the prompt; a cache of --cache-gb for each beam, which is as often too large."""
+    decoder, asked, ends = tiny_decoder("bloom", vocabulary=128), [], [0]
+
+    def loops(ids, mask, limits, eos_id, beams, **options):
+        asked.append((len(ids), list(limits)))
+        return [[65] * (limit - ends[0]) for limit in limits]  # so many tokens before the limit
+
+    monkeypatch.setattr(decoder, "generate", loops)
+    prompt = len(data.prompt_text("en-de", "a"))
+    lines, cut = translations(decoder, list("abcd"))
+    translations(decoder, list("abcd"), new_tokens=7)
+    assert asked == [(4, [3 * prompt] * 4), (4, [7 * prompt] * 4)]
+    assert cut == 4 and len(lines[0]) == 3 * prompt
+    ends[0] = 1
+    assert translations(decoder, list("abcd"))[1] == 0, "none came to its limit"
+    room = 2 * 4 * prompt * decoder.cache_bytes() / 1e9  # for two prompts and their translations
+    for beams, sizes in [(1, [2, 2]), (2, [1, 1, 1, 1])]:
+        asked.clear()
+        translations(decoder, list("abcd"), beams=beams, cache_gb=room)
+        assert [size for size, _ in asked] == sizes
+    decoder.config = replace(decoder.config, longest=prompt + 9)
+    lines, _ = translations(decoder, ["a", "b" * 11, "c"])
+    assert asked[-1] == (2, [9, 9]) and lines[1] == "", "a window, or no positions left"
+
+
 FIVE = Texts(["a", "\n", "</s>", "b\n", " "])
 
 
@@ -267,7 +337,7 @@ def test_beams_wide_enough_find_the_best_of_all(lines):
     limits = [3, 2, 3]
     everything = {limit: {*continuations(limit, lines)} for limit in limits}
     for seed in range(8):
-        decoder = tiny_decoder("alibi", seed, vocabulary=7)
+        decoder = tiny_decoder("llama", seed, vocabulary=7)
         generate = partial(decoder.generate, ids, mask, limits, 2, vocab_size=5, line_ends=ends)
         found = generate(beams=125)
         for prompt, limit, new in zip(unpadded(ids, mask), limits, found):
@@ -327,3 +397,15 @@ def test_bin_shards_convert_to_the_same_model(tmp_path, capsys):
         error = capsys.readouterr().err
         assert error.startswith(f"error: {tmp_path}/pytorch_model.bin: ") and error.count("\n") == 1
         assert names_in(tmp_path) == ["config.json", "pytorch_model.bin"]
+
+
+def test_sisters_have_other_fingerprints(tmp_path):
+    """bloom and bloomz: the same names, shapes and sizes; 14 GB that are read at every start."""
+    tensors = {f"layer.{i}": torch.full((2000, 1000), float(i)) for i in range(3)}
+    path, found = tmp_path / "0.safetensors", []
+    for number in (1.0, 1.0, 1.5):
+        data.write_tensors(path, tensors | {"layer.1": torch.full((2000, 1000), number)})
+        found.append(data.fingerprint(path))
+    assert found[0] == found[1] != found[2]
+    (tmp_path / "a.json").write_text("{}" * 9999)
+    assert data.fingerprint(tmp_path / "a.json") == hashlib.sha256(b"{}" * 9999).hexdigest()
