@@ -200,8 +200,8 @@ def mutate(path, raw, rng):
 FLAGS = [f"--{name.replace('_', '-')}" for name in vars(lander.read_settings())]
 FLAGS.remove("--export")  # it writes where it is told to: here, into out
 ARGUMENTS = """0 -1 1 2 7 300 1000000000000000000000000000000 nan inf 1e-400 0.5 x all en-de
-fr-cs en en-en de-en,en-cs en-xx xx=X , - input data bloom run-bloom nowhere /dev/null /proc/x/y
-meta cpu float32 bfloat16 cuda abacus ../.. --no-routing --checkpointing --resume --fast -h""".split()
+fr-cs en en-en de-en,en-cs en-xx xx=X , - input data bloom run-bloom nowhere
+/dev/null /proc/x/y meta cpu float32 bfloat16 cuda abacus ../.. --no-routing --checkpointing --resume --fast -h""".split()
 ARGUMENTS += ["--export=out", "", "\0", "é" * 300, "\udcff"]
 
 

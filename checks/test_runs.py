@@ -108,6 +108,23 @@ def test_a_process_that_dies_ends_all_and_another_number_goes_on(world, here, ca
     assert capfd.readouterr().err.count("error: run: holds a run already") == 1
 
 
+# The second of two writes to a folder that the first does not see, as on another machine's disk.
+APART = """
+import os, sys
+import lander
+
+sys.exit(lander.main([*sys.argv[1:], "--out", "run" + os.environ["RANK"]]))
+"""
+
+
+def test_machines_without_a_shared_folder_fail_before_training(world, here, capfd):
+    """Hours of training, after which the second machine finds nothing to translate with."""
+    Path("apart.py").write_text(APART)
+    assert torchrun(2, arguments(world), "apart.py") != 0
+    assert "error: run1: not shared by all machines, as it must be" in capfd.readouterr().err
+    assert not list(Path("run0").glob("*.safetensors")) and not Path("run1").exists()
+
+
 # --------------------------------------------------------------------------------------------------
 # A device that is not the CPU
 

@@ -257,7 +257,7 @@ def draw_methods(axes, settings):
     shade_cells(axes, alone, fill=False, hatch="////", edgecolor="#00000030")
     axes.set_xticklabels([name.replace("-", "\n", 1) for name in names], fontsize=8)
     axes.set_title("BLEU less LANDeRMT's, others' perplexity up by 2%", fontsize=9)
-    note = "grey: seeds disagree; hatched: one seed; white: not run; †: others lose more at any rate"
+    note = "grey: seeds disagree; hatched: one seed; white: not run; †: others lose more"
     axes.set_xlabel(note, fontsize=8)
 
 

@@ -375,9 +375,7 @@ def show_translations(all_settings):
 def show_all():
     natural, toy = settings(NATURAL), settings(TOY)
     print("# Tables of the study\n")
-    print(
-        "Printed by `python study/tables.py > study/tables.md`. README.md beside this explains them."
-    )
+    print("Printed by `python study/tables.py > study/tables.md`. README.md explains them.")
     show_settings(natural + toy)
     print("\n## Who pays: awareness against chance")
     show_who_pays(natural)
