@@ -151,7 +151,7 @@ def select_layers(differences, k):
 # pass tells for all neurons what removing them one by one would.
 
 
-LOGITS_AT_ONCE = 30_000_000  # 0.48 GB: 16 bytes each, in 16 bits, in fp32, and both gradients
+LOGITS_AT_ONCE = 100_000_000  # 1.6 GB: 16 bytes each, in 16 bits, in fp32, and both gradients
 
 
 def in_pieces(model, loss_of, *rows):
