@@ -842,9 +842,9 @@ def read_settings(words=(), template=PROMPT, **defaults):
 
     least = {"layers": 1, "batch": 1, "micro_tokens": 1, "score_sentences": 1, "beams": 1}
     for name, value in vars(settings).items():
-        if isinstance(value, (int, float)) and not least.get(name, 0) <= value < math.inf:
+        if isinstance(value, (int, float)) and not least.get(name, 0) <= value < 2**63:
             flag = "--" + name.replace("_", "-")
-            parser.error(f"{flag} is {value}, expected {least.get(name, 0)} or more")
+            parser.error(f"{flag} is {value}, expected {least.get(name, 0)} or more, below 2^63")
     if settings.epsilon > 1 or settings.lr == 0:
         parser.error("--epsilon is at most 1, and --lr above 0")
     settings.template = read_prompt(settings.prompt) if settings.prompt else template

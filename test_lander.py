@@ -1427,6 +1427,7 @@ BAD_WORDS = [
     ("--layers 4", "4 layers to select, but only 3"),
     ("--layers 0", "--layers is 0, expected 1 or more"),
     ("--epsilon 1.5", "--epsilon is at most 1"),
+    (f"--steps {2**63}", r"expected 0 or more, below 2\^63"),
     ("--lr -1", "--lr is -1.0, expected 0 or more"),
     ("--lr 0", "--lr above 0"),
     ("--lr nan", "--lr is nan"),
