@@ -803,10 +803,8 @@ def sentence(code, numbers):
 
 def train_bpe(path, lines, special=("<unk>", "<s>", "</s>", "<pad>"), size=340):
     """A tokenizer.json like BLOOM's: byte-level BPE, its special tokens first."""
-    library, level = (
-        tokenizers.Tokenizer(tokenizers.models.BPE()),
-        tokenizers.pre_tokenizers.ByteLevel,
-    )
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    level = tokenizers.pre_tokenizers.ByteLevel
     library.pre_tokenizer = level(add_prefix_space=False)
     library.decoder = tokenizers.decoders.ByteLevel()
     options = dict(initial_alphabet=level.alphabet(), show_progress=False, vocab_size=size)
@@ -911,13 +909,10 @@ def test_what_a_run_shows_and_leaves(finished):
     assert max(map(len, lines)) <= 100 and len(lines) < 40
     shown = [line for line in lines if line.startswith(("pair ", "mean")) or line.endswith("tuned")]
     assert len([line for line in shown if line.endswith("  tuned")]) == 2 and len(shown) == 5
-    assert (
-        len([line for line in lines if "loss of a validation token" in line and " to " in line])
-        == 2
-    )
-    assert any(
-        re.match(r"   layer \d: 64 specific neurons, \d+ of en-de, ", line) for line in lines
-    )
+    losses = [line for line in lines if "loss of a validation token" in line and " to " in line]
+    assert len(losses) == 2
+    specific = re.compile(r"   layer \d: 64 specific neurons, \d+ of en-de, ")
+    assert any(map(specific.match, lines))
     expected = {"args.json", "layers.json", "awareness.safetensors", "neurons.json", "lock"}
     expected |= {"tuned.safetensors", "log.jsonl", "results.json"}
     for name in ("before", "after", "source", "reference"):
@@ -1743,19 +1738,15 @@ def test_saving_is_atomic(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def tokenizer_folders(tmp_path_factory):
     """Like BLOOM's and LLaMA's tokenizer.json, like Baichuan's and LLaMA's tokenizer.model."""
-    folders = {
-        name: tmp_path_factory.mktemp(name) for name in ("bytes", "marks", "baichuan", "llama")
-    }
+    names = "bytes", "marks", "baichuan", "llama"
+    folders = {name: tmp_path_factory.mktemp(name) for name in names}
     lines = ["das Haus ist grün und der Hund ist müde", "the house is green, the dog is tired"] * 5
     train_bpe(folders["bytes"] / "tokenizer.json", lines)
     marks = tokenizers.Tokenizer(tokenizers.models.BPE())
-    marks.pre_tokenizer, marks.decoder = (
-        tokenizers.pre_tokenizers.Metaspace(),
-        tokenizers.decoders.Metaspace(),
-    )
-    trainer = tokenizers.trainers.BpeTrainer(
-        special_tokens=["<unk>", "<s>", "</s>"], show_progress=False
-    )
+    marks.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    marks.decoder = tokenizers.decoders.Metaspace()
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = tokenizers.trainers.BpeTrainer(special_tokens=special, show_progress=False)
     marks.train_from_iterator(lines, trainer)
     template = tokenizers.processors.TemplateProcessing
     marks.post_processor = template("<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
