@@ -437,7 +437,7 @@ def load_tokenizer(folder):
             for end in value if isinstance(value, list) else [value]:
                 end = end["content"] if isinstance(end, dict) else end
                 ends.append(ids.get(end, end))  # a token, or its id
-    known = [id for id in ends if isinstance(id, int) and 0 <= id < tokenizer.vocab_size]
+    known = [id for id in ends if type(id) is int and 0 <= id < tokenizer.vocab_size]
     tokenizer.end_ids = list(dict.fromkeys(known)) or tokenizer.own_ends
     if not tokenizer.end_ids:
         raise InputError(f"{folder}: no end-of-sentence token in {', '.join(ENDS)}")

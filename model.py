@@ -908,7 +908,7 @@ def read_config(published):
         size = getattr(config, field.name)
         if field.type is int and not (isinstance(size, int) and size > 0):
             raise ValueError(f"{field.name} is {size!r}, expected a positive integer")
-    rotary_frequencies(config, "cpu")  # a KeyError names what scaling lacks
+    rotary_frequencies(config, "meta")  # a KeyError names what scaling lacks
     return config
 
 

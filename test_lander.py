@@ -1789,7 +1789,7 @@ SPECIAL = [
         [1, 0],
         [],
     ),
-    ("bytes", {CONFIG: {"eos_token_id": [0, 3]}, GENERATION: {"eos_token_id": [1]}}, [0, 3, 1], []),
+    ("bytes", {CONFIG: {"eos_token_id": [0, 3]}, GENERATION: {"eos_token_id": [True, 4]}}, [0, 3, 4], []),
     ("bytes", {TOKENS: {"eos_token": "nowhere", "add_bos_token": True}}, [2], []),
     ("marks", {TOKENS: {"eos_token": "<unk>", "add_bos_token": False}}, [0], [1]),
     ("baichuan", {TOKENS: {"tokenizer_class": "BaichuanTokenizer"}}, [2], []),
