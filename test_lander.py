@@ -631,6 +631,10 @@ def with_channels(decoder, selected={"en-de": [0, 1], "fr-en": [1]}):
     sizes = len(PAIRS), len(groups), decoder.config.heads * decoder.config.head_size
     awareness = torch.rand(sizes, generator=torch.Generator().manual_seed(1))
     lander.add_channels(groups, awareness, decoder.config, PAIRS, 0.7)
+    # [P, K, H_kv, query heads of a key's, d]: a channel has the mean of its query heads' scores.
+    scores = awareness.unflatten(2, (decoder.config.kv_heads, -1, decoder.config.head_size)).mean(3)
+    for group, owner in zip(groups.values(), lander.categorize(scores.flatten(2), 0.7)):
+        assert group["channels"] == lander.owned_by(owner, PAIRS)
     return groups
 
 
@@ -651,10 +655,8 @@ def test_attention_is_a_sum_over_channels(kind):
         last = {H * d - 1, (H + H_kv) * d - 1, (H + 2 * H_kv) * d - 1}
         assert last <= {*rows[-1].tolist()}
     ids, mask = padded_ids(config.vocab_size, "right")
-    place, mixed = (
-        (0, "attention.output"),
-        [],
-    )  # what the output projection reads, before and after a value's row is zero
+    # What the output projection reads, before and after a value's row is zero.
+    place, mixed = (0, "attention.output"), []
     channel = config.head_size if config.kv_heads > 1 else 0
     for _ in range(2):
         with lander.recording(decoder, [place]) as h:
@@ -771,12 +773,13 @@ def test_the_gradient_of_keep(kind, rows_at_once, monkeypatch):
 def test_a_step_without_an_example_keeps_nothing():
     """A KL that no step had: AttributeError in the first, the step before's in others."""
     keeper, learners = drifted(tiny_decoder("bloom"), random_examples(6))
-    optimizer = torch.optim.AdamW(learners.values(), fused=True)
+    before, optimizer = copies(keeper.model), torch.optim.AdamW(learners.values(), fused=True)
     batches = [], batched(random_examples(3)), []
     steps = [("en-de", own, 0) for own in batches]
     rest = {"en-de": learners}, steps, 3, optimizer, 1e-2
     entries = lander.training_steps(keeper.model, *rest, keeper=keeper)
     assert ["kept" in entry for entry in entries] == [False, True, False]
+    assert moved_since(before, keeper.model) == set(learners), "its router, too"
 
 
 def test_a_step_keeps_one_batch_and_the_next_step_the_next():
@@ -954,23 +957,21 @@ def test_translating_with_a_finished_run(finished, here, capsys, monkeypatch):
     lines, before, after = (Path(name).read_text().splitlines() for name in names)
     Path("input").write_text(f"{lines[0]}\n\n{lines[1]}\n{lines[2]}\n \n{lines[3]}")
     assert "one --pair; that run tuned en-de,fr-de" in error_of(capsys, [*TRANSLATE, "input"])
-    captured = ends_in(capsys, 0, [*TRANSLATE, "input", "--pair", "en-de"])
+    with noted("translate_text") as double:
+        captured = ends_in(capsys, 0, [*TRANSLATE, "input", "--pair", "en-de"])
+    settings = read_settings(EXPORT, **json.loads(Path("run/args.json").read_text()))
+    assert double.call_args.args[5] == settings.new_tokens["en-de"] == 3
     expected = [after[0], "", after[1], after[2], "", after[3], ""]
     assert captured.out.split("\n") == expected and "not tuned" not in captured.err
     assert after != before
     Path("headed").write_text("header\n" + Path("input").read_text())
     with open("headed", "rb", buffering=0) as source:
         source.readline()  # as a script may do
-        monkeypatch.setattr(
-            data,
-            "open",
-            lambda path, mode: open(path or os.dup(source.fileno()), mode),
-            raising=False,
-        )
+        opened = lambda path, mode: open(path or os.dup(source.fileno()), mode)
+        monkeypatch.setattr(data, "open", opened, raising=False)
         assert ends_in(capsys, 0, [*TRANSLATE, "-", "--pair", "en-de"]).out == captured.out
     captured = ends_in(capsys, 0, [*TRANSLATE, "input", "--pair", "de-en"])
     assert len(captured.out.split("\n")) == 7 and "de-en was not tuned" in captured.err
-    settings = read_settings(EXPORT, **json.loads(Path("run/args.json").read_text()))
     assert (settings.beams, settings.dtype, settings.no_routing) == (2, "bfloat16", False)
     assert "its tokens are routed" in error_of(capsys, EXPORT) and not Path("exported").exists()
     for words in ("--no-routing", "--units all"):
@@ -1042,14 +1043,8 @@ def test_training_lowers_the_loss_with_routing_without_and_with_empty_groups(wor
 def test_bleu_tokenizer_follows_the_target():
     """13a in a language without spaces, for which a sentence is a word."""
     without_spaces = ["今天天气很好，我们去公园吧。"]
-    names = {
-        "en-zh": "zh",
-        "en-ja": "ja-mecab",
-        "en-ko": "ko-mecab",
-        "zh-en": "13a",
-        "en-th": "char",
-    }
-    for pair, name in names.items():
+    names = {"en-zh": "zh", "en-ja": "ja-mecab", "en-ko": "ko-mecab", "zh-en": "13a"}
+    for pair, name in {**names, "en-th": "char"}.items():
         metric = lander.make_metrics(pair, ["a b"])["bleu"]
         metric.corpus_score(["这 is a 本"], [["这 is a 书"]])
         assert f"tok:{name}" in str(metric.get_signature())
@@ -1081,10 +1076,8 @@ def test_a_language_can_be_named(world, here, capsys, monkeypatch):
     noted = lambda *rest: prompts.append(prompt_text(*rest)) or prompts[-1]
     monkeypatch.setattr(data, "prompt_text", noted)
     assert lander.main([*words, "--language", "xx=Xish,yy=Other Name"]) == 0
-    assert {prompt.split(":")[0] for prompt in prompts} == {
-        "Translate this from English to Xish",
-        "Translate this from Xish to English",
-    }
+    begins = {f"Translate this from {both}" for both in ("English to Xish", "Xish to English")}
+    assert {prompt.split(":")[0] for prompt in prompts} == begins
     prompts.clear()
     Path("input").write_text("ba de.\n")
     assert lander.main([*TRANSLATE, "input"]) == 0 and "to Xish" in prompts[0], "as the run had it"
@@ -1127,11 +1120,8 @@ def test_two_spellings_are_one_pair(world, here, capsys):
     shutil.copytree(world / "data", "data")
     for path in Path("data").glob("test.*"):
         path.rename(path.with_suffix({".en": ".eng_Latn", ".de": ".deu"}.get(path.suffix, ".fr")))
-    for name in ("train.en", "train.de"):
-        shutil.copy(
-            Path("data", name),
-            Path("data", {"train.en": "train.eng", "train.de": "train.deu"}[name]),
-        )
+    for name, other in (("train.en", "train.eng"), ("train.de", "train.deu")):
+        shutil.copy(f"data/{name}", f"data/{other}")
     words = "--data data --score-pairs all --eval-pairs eng-deu --steps 2"
     assert lander.main(arguments(world, words)) == 0
     results = json.loads(Path("run/results.json").read_text())
@@ -1381,6 +1371,15 @@ def test_translations_do_not_depend_on_their_neighbours(beams, monkeypatch, caps
     assert [lines[0] for lines, _ in alone] == expected and sum(cut for _, cut in alone) == cut
 
 
+def test_what_is_kept_of_a_translation(monkeypatch):
+    """More than a line; an end or a line break, even in the last token, taken for a loop."""
+    decoder, limit = tiny_decoder("bloom"), 3 * len(data.prompt_text("en-de", "a"))
+    new = [*b"A\nB"], [*b"C" * limit], [*b"D"], [*b"E" * (limit - 1), 10]
+    monkeypatch.setattr(decoder, "generate", lambda *rest, **more: new)
+    expected = ["A", "C" * limit, "D", "E" * (limit - 1)]
+    assert translations(decoder, list("abcd")) == (expected, 1)
+
+
 # --------------------------------------------------------------------------------------------------
 # What a user can get wrong: each ends in status 2 and one line, which names it
 
@@ -1404,10 +1403,7 @@ def config(base=BLOOM_CONFIG, **changes):
 # Words after those of a good command, and a pattern of what is said.
 BAD_WORDS = [
     ("--pair en-xx", "no language 'xx'; add --language xx=NAME"),
-    *[
-        (f"--pair {pair}", f"pair '{pair}': .*as in en-de")
-        for pair in ("ende", "en-en", "en-eng_Latn")
-    ],
+    *[(f"--pair {pair}", f"'{pair}': .*as in en-de") for pair in ("ende", "en-en", "en-eng_Latn")],
     ("--pair ru-de", "data: no train text for ru-de.*pairs found: cs-de, cs-en"),
     ("--eval-pairs de-ru", "data: no test text for de-ru"),
     ("--pair=", "--pair and --data are needed"),
@@ -1447,10 +1443,7 @@ BAD_TEXT = [
     ({"train.en": LFS}, "data/train.en: a Git LFS pointer; git lfs pull"),
     ({"test.de": None}, "no test text for en-de; there is one side, but no test.de"),
     ({"train.en-de.tsv": ""}, "the train text of en-de is empty"),
-    (
-        {"train.en-de.csv": "a,A"},
-        "no train text for en-de.* in train.cs, train.de, train.en-de.csv",
-    ),
+    ({"train.en-de.csv": ""}, "no train text for en-de.* in train.cs, train.de, train.en-de.csv"),
     ({"train.en-de.tsv": "a\tb\tc\n"}, "train.en-de.tsv: line 1 has 3 tab-separated columns"),
     ({"train.en-de.tsv": "a\tb\nc\n"}, "train.en-de.tsv: line 2 has 1 tab-separated columns"),
     ({"train.en-de.json": "[{}]"}, "train.en-de.json: item 1.*KeyError"),
@@ -1462,16 +1455,10 @@ BAD_TEXT = [
 MODEL, INDEX, NAMES = "model.safetensors", "model.safetensors.index.json", "tokenizer_config.json"
 # The same of the checkpoint; a function changes tensors.
 BAD_WEIGHTS = [
-    (
-        {"config.json": None, "adapter_config.json": ADAPTER},
-        "an adapter of haoranxu/ALMA-7B-P.*merge",
-    ),
+    ({"config.json": None, "adapter_config.json": ADAPTER}, "adapter of haoranxu/ALMA-7B-P.*merge"),
     ({"config.json": None, "tuned.safetensors": ""}, "a run's folder; .*--export"),
     *[({"config.json": text}, "weights/config.json: ") for text in ("{", "[]", "[" * 100000, LFS)],
-    (
-        config(model_type="gpt9"),
-        "config.json: .*model_type is 'gpt9', expected one of bloom, baichuan",
-    ),
+    (config(model_type="gpt9"), "config.json: .*type is 'gpt9', expected one of bloom, baichuan"),
     (config(n_head=None), "config.json: .*num_attention_heads"),
     (config(n_head=5), "hidden size 32 does not divide into 5 heads"),
     (config(n_layer="2"), "layers is '2', expected a positive integer"),
@@ -1498,10 +1485,7 @@ BAD_WEIGHTS = [
     ({"tokenizer.json": "{}"}, "weights/tokenizer.json: cannot be read"),
     ({"tokenizer.json": None, "tokenizer.model": "x"}, "weights/tokenizer.model: cannot be read"),
     (config(vocab_size=300), "weights: the tokenizer has 311 tokens, .* an embedding of 300"),
-    (
-        {NAMES: '{"add_prefix_space": true}'},
-        "add_prefix_space is True, which tokenizer.json does not",
-    ),
+    ({NAMES: '{"add_prefix_space": true}'}, "add_prefix_space is True, which tokenizer.json does"),
     ({NAMES: "[]"}, "weights/tokenizer_config.json: a list, expected an object"),
 ]
 MISTAKES = [(words, "", {}, said) for words, said in BAD_WORDS]
@@ -1778,17 +1762,13 @@ def test_prompt_and_target_are_what_the_joined_text_gives(tokenizer_folders, nam
         assert ours.decode(ours.encode(text)) == text
 
 
-TOKENS, CONFIG, GENERATION = "tokenizer_config", "config", "generation_config"
+TOKENS, SPECIALS = "tokenizer_config", "special_tokens_map"
+CONFIG, GENERATION = "config", "generation_config"
 ADDED = {"added_tokens_decoder": {"331": {"content": "<|e|>"}}, "eos_token": "<|e|>"}
 # Family, its other files; ids that end a text, ids that stand before a prompt.
 SPECIAL = [
     ("bytes", {TOKENS: {"eos_token": {"content": "<pad>"}}}, [3], []),
-    (
-        "bytes",
-        {TOKENS: {"eos_token": "<s>"}, "special_tokens_map": {"eos_token": "<unk>"}},
-        [1, 0],
-        [],
-    ),
+    ("bytes", {TOKENS: {"eos_token": "<s>"}, SPECIALS: {"eos_token": "<unk>"}}, [1, 0], []),
     ("bytes", {CONFIG: {"eos_token_id": [0, 3]}, GENERATION: {"eos_token_id": [1]}}, [0, 3, 1], []),
     ("bytes", {CONFIG: {"eos_token_id": [True, 4]}}, [4], []),
     ("bytes", {TOKENS: {"eos_token": "nowhere", "add_bos_token": True}}, [2], []),
@@ -1937,6 +1917,8 @@ def test_worked_examples():
     assert model.alibi_slopes(4).tolist() == [1 / 4, 1 / 16, 1 / 64, 1 / 256]
     assert model.alibi_slopes(6).tolist() == [1 / 4, 1 / 16, 1 / 64, 1 / 256, 1 / 2, 1 / 8]
     assert model.published_names("bloom", "blocks.3.ffn.up.bias") == ["h.3.mlp.dense_h_to_4h.bias"]
+    quarter_turn = torch.tensor([[0.0], [1.0]])  # its cosine and sine
+    assert model.apply_rotary(torch.tensor([1.0, 2.0]), *quarter_turn).tolist() == [-2, 1]
     assert data.group_by_length([5, 9, 1, 7], 100, rows_per_batch=3) == [[1, 3, 0], [2]]
     assert data.group_by_length([5, 9, 1, 7], 18) == [[1, 3], [0, 2]]
     assert lander.union({"en-de": [1, 7], "fr-cs": [1, 2]}) == [1, 2, 7]
