@@ -906,8 +906,8 @@ def read_config(published):
     config = Config(family=name, published=published, **family.read(published))
     for field in fields(config):
         size = getattr(config, field.name)
-        if field.type is int and not (isinstance(size, int) and size > 0):
-            raise ValueError(f"{field.name} is {size!r}, expected a positive integer")
+        if field.type is int and not (isinstance(size, int) and 0 < size < 2**31):
+            raise ValueError(f"{field.name} is {size!r}, expected a positive integer below 2^31")
     rotary_frequencies(config, "meta")  # a KeyError names what scaling lacks
     return config
 

@@ -453,10 +453,14 @@ def by_method(lines):
 
 
 def best_rate(rates):
-    """The rate with the lowest mean validation loss of the tuned pair. rates: rate -> lines"""
+    """The rate with the lowest mean development loss of the tuned pair. rates: rate -> lines
+
+    Of seeds that all rates have: some seeds are harder than others.
+    """
     losses = {}
+    seeds = set.intersection(*({line["seed"] for line in lines} for lines in rates.values()))
     for rate, lines in rates.items():
-        loss = mean(line["valid_loss"][line["pair"]] for line in lines)
+        loss = mean(line["valid_loss"][line["pair"]] for line in lines if line["seed"] in seeds)
         losses[rate] = math.inf if math.isnan(loss) else loss
     return min(losses, key=losses.get)
 

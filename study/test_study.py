@@ -315,10 +315,12 @@ def test_kinds_of_pairs_by_hand():
 
 
 def test_the_best_rate_is_chosen_on_validation_loss():
-    """On test it would be the other one; by a single seed, too."""
+    """On test it would be the other one; by a single seed; by a hard seed of one rate alone, too."""
     lines = []
-    for rate, loss, bleu in ((0.1, 1.0, 5.0), (0.1, 3.0, 5.0), (0.2, 1.5, 2.0), (0.2, 1.6, 2.0)):
-        line = {"method": "full", "rate": rate, "pair": "en-de", "after": {"en-de": {"bleu": bleu}}}
+    losses = {(0.1, 0): 1.0, (0.1, 1): 3.0, (0.2, 0): 1.5, (0.2, 1): 1.6, (0.2, 2): 9.0}
+    for (rate, seed), loss in losses.items():
+        line = {"method": "full", "rate": rate, "seed": seed, "pair": "en-de"}
+        line["after"] = {"en-de": {"bleu": 0.5 / rate}}
         lines.append(line | {"valid_loss": {"en-de": loss, "fr-de": 9 * rate}})
     assert compare.best_rate(compare.by_method(lines)["full"]) == 0.2
 

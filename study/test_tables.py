@@ -28,7 +28,7 @@ def test_kinds_of_pairs():
 def test_the_best_rate_is_none_that_diverged():
     """NaN is smaller than nothing and larger than nothing: the first would win."""
     losses = {0.1: math.nan, 0.2: 1.0, 0.3: 2.0}
-    line = lambda rate: {"method": "full", "rate": rate, "pair": "en-de"}
+    line = lambda rate: {"method": "full", "rate": rate, "seed": 0, "pair": "en-de"}
     lines = [line(rate) | {"valid_loss": {"en-de": loss}} for rate, loss in losses.items()]
     assert best_rate(by_method(lines)["full"]) == 0.2
 
