@@ -920,7 +920,7 @@ def check_same(run, before, now, names):
         if before.get(name) != now.get(name):
             changed.append(f"{name} {before.get(name)}, now {now.get(name)}")
     if changed:
-        raise InputError(f"{run}: was made with {'; '.join(changed)}")
+        raise InputError(f"{run}: was made with {'; '.join(changed)}".replace("\n", "\\n"))
 
 
 def checked_record(settings, folder, paths):
@@ -1463,10 +1463,8 @@ def command(words):
         raise InputError(f"{folder}: no run to go on with")
     torch.manual_seed(settings.seed)
     name_languages(settings.language)
-    if settings.export:
-        return export(settings)
-    if settings.translate:
-        return translate(settings)
+    if settings.export or settings.translate:
+        return (export if settings.export else translate)(settings)
     if settings.weights:
         with torchrun():
             return run(settings)
@@ -1487,4 +1485,6 @@ def main(argv=None):
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()  # torchrun: while Python ends, gloo's threads abort one run in some dozens
+    (os._exit if distributed.is_torchelastic_launched() else sys.exit)(status)

@@ -1153,6 +1153,8 @@ def test_a_prompt_of_ones_own(world, here, capsys, monkeypatch, end, glue):
     assert decode(rendered[0][0]) == "English>German: ba de. =German"
     Path("prompt").write_text("{source} {target} {text}")
     assert "template " in error_of(capsys, "--out run --resume --prompt prompt".split())
+    Path("prompt").write_text("{source}\n{target}\n{text}")
+    assert "now {source}\\n" in error_of(capsys, "--out run --resume --prompt prompt".split())
 
 
 def test_the_best_step_is_kept(world, here, capsys, monkeypatch):
