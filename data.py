@@ -26,6 +26,7 @@ import portalocker
 import sentencepiece
 import tokenizers
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 
@@ -485,8 +486,8 @@ def exit_status(command, *arguments):
     except KeyboardInterrupt:
         note("interrupted")
         return 130
-    except (InputError, OSError) as error:  # OSError: a full disk, no permission
-        note(f"error: {error}")
+    except (InputError, OSError, SafetensorError) as error:  # a full disk, no permission
+        note(f"error: {error}".replace("\n", "\\n"))  # a prompt has several lines
         return 2
     except (MemoryError, RuntimeError) as error:
         if not re.search("MemoryError|out of memory|can't allocate memory", repr(error)):

@@ -915,12 +915,10 @@ def record(settings, paths):
 def check_same(run, before, now, names):
     """InputError for settings or files that are not what they were. before, now: two records"""
     before, now = before | before["files"], now | now["files"]
-    changed = []
-    for name in sorted(names):
-        if before.get(name) != now.get(name):
-            changed.append(f"{name} {before.get(name)}, now {now.get(name)}")
-    if changed:
-        raise InputError(f"{run}: was made with {'; '.join(changed)}".replace("\n", "\\n"))
+    differ = [name for name in sorted(names) if before.get(name) != now.get(name)]
+    if differ:
+        said = [f"{name} {before.get(name)}, now {now.get(name)}" for name in differ]
+        raise InputError(f"{run}: was made with {'; '.join(said)}")
 
 
 def checked_record(settings, folder, paths):
@@ -1463,8 +1461,10 @@ def command(words):
         raise InputError(f"{folder}: no run to go on with")
     torch.manual_seed(settings.seed)
     name_languages(settings.language)
-    if settings.export or settings.translate:
-        return (export if settings.export else translate)(settings)
+    if settings.export:
+        return export(settings)
+    if settings.translate:
+        return translate(settings)
     if settings.weights:
         with torchrun():
             return run(settings)

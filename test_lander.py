@@ -24,6 +24,7 @@ import sacrebleu
 import sentencepiece
 import tokenizers
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
@@ -1017,6 +1018,8 @@ def test_a_run_and_its_export(world, here, capsys, kind):
     with mock.patch.object(shutil, "copyfile", full_disk):
         assert "No space left" in error_of(capsys, [*EXPORT, "--export", "broken"])
     assert names_in(Path("broken")) == BOTH_FILES
+    with mock.patch.object(data, "save_file", side_effect=SafetensorError("no space")):
+        assert error_of(capsys, [*EXPORT, "--export", "unwritten"]) == "error: no space"
     stored = load_file("weights/model.safetensors")
     save_file({name: -tensor for name, tensor in stored.items()}, "weights/model.safetensors")
     for words in ([*TRANSLATE, "/dev/null"], [*EXPORT, "--export", "another"]):
@@ -1405,7 +1408,10 @@ def config(base=BLOOM_CONFIG, **changes):
 # Words after those of a good command, and a pattern of what is said.
 BAD_WORDS = [
     ("--pair en-xx", "no language 'xx'; add --language xx=NAME"),
-    *[(f"--pair {pair}", f"'{pair}': .*as in en-de") for pair in ("ende", "en-en", "en-eng_Latn")],
+    *[
+        (f"--pair {pair}", f"pair '{pair}': .*as in en-de")
+        for pair in ("ende", "en-en", "en-eng_Latn")
+    ],
     ("--pair ru-de", "data: no train text for ru-de.*pairs found: cs-de, cs-en"),
     ("--eval-pairs de-ru", "data: no test text for de-ru"),
     ("--pair=", "--pair and --data are needed"),
@@ -1445,7 +1451,10 @@ BAD_TEXT = [
     ({"train.en": LFS}, "data/train.en: a Git LFS pointer; git lfs pull"),
     ({"test.de": None}, "no test text for en-de; there is one side, but no test.de"),
     ({"train.en-de.tsv": ""}, "the train text of en-de is empty"),
-    ({"train.en-de.csv": ""}, "no train text for en-de.* in train.cs, train.de, train.en-de.csv"),
+    (
+        {"train.en-de.csv": "a,A"},
+        "no train text for en-de.* in train.cs, train.de, train.en-de.csv",
+    ),
     ({"train.en-de.tsv": "a\tb\tc\n"}, "train.en-de.tsv: line 1 has 3 tab-separated columns"),
     ({"train.en-de.tsv": "a\tb\nc\n"}, "train.en-de.tsv: line 2 has 1 tab-separated columns"),
     ({"train.en-de.json": "[{}]"}, "train.en-de.json: item 1.*KeyError"),
@@ -1457,10 +1466,16 @@ BAD_TEXT = [
 MODEL, INDEX, NAMES = "model.safetensors", "model.safetensors.index.json", "tokenizer_config.json"
 # The same of the checkpoint; a function changes tensors.
 BAD_WEIGHTS = [
-    ({"config.json": None, "adapter_config.json": ADAPTER}, "adapter of haoranxu/ALMA-7B-P.*merge"),
+    (
+        {"config.json": None, "adapter_config.json": ADAPTER},
+        "an adapter of haoranxu/ALMA-7B-P.*merge",
+    ),
     ({"config.json": None, "tuned.safetensors": ""}, "a run's folder; .*--export"),
     *[({"config.json": text}, "weights/config.json: ") for text in ("{", "[]", "[" * 100000, LFS)],
-    (config(model_type="gpt9"), "config.json: .*type is 'gpt9', expected one of bloom, baichuan"),
+    (
+        config(model_type="gpt9"),
+        "config.json: .*model_type is 'gpt9', expected one of bloom, baichuan",
+    ),
     (config(n_head=None), "config.json: .*num_attention_heads"),
     (config(n_head=5), "hidden size 32 does not divide into 5 heads"),
     (config(n_layer="2"), "layers is '2', expected a positive integer"),
@@ -1487,7 +1502,10 @@ BAD_WEIGHTS = [
     ({"tokenizer.json": "{}"}, "weights/tokenizer.json: cannot be read"),
     ({"tokenizer.json": None, "tokenizer.model": "x"}, "weights/tokenizer.model: cannot be read"),
     (config(vocab_size=300), "weights: the tokenizer has 311 tokens, .* an embedding of 300"),
-    ({NAMES: '{"add_prefix_space": true}'}, "add_prefix_space is True, which tokenizer.json does"),
+    (
+        {NAMES: '{"add_prefix_space": true}'},
+        "add_prefix_space is True, which tokenizer.json does not",
+    ),
     ({NAMES: "[]"}, "weights/tokenizer_config.json: a list, expected an object"),
 ]
 MISTAKES = [(words, "", {}, said) for words, said in BAD_WORDS]
