@@ -18,7 +18,7 @@ from study.methods import METHODS
 from study.tables import equal_loss, verdict
 
 GENERAL, SPECIFIC, REST = "#4878a8", "#c8602a", "#9a9a9a"
-COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#404040"]
+COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#404040", "#8c564b"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -264,6 +264,7 @@ def draw_methods(axes, settings):
 def draw_costs(axes, setting):
     """What the tuned pair gains against what others lose: a point a run; names at the best rate."""
     methods = [name for name in METHODS if name in setting.runs]
+    best = []  # what each method gains and costs, its name and color
     for number, method in enumerate(methods):
         color = color_of(number)
         for kind, marker in (("other", "o"), ("reverse", "x")):
@@ -273,8 +274,16 @@ def draw_costs(axes, setting):
                 y = [setting.bleu(line) for line in seeds.values()]
                 axes.scatter(x, y, 18, color, marker=marker, linewidths=1)
                 if kind == "other" and rate == setting.best(method):
-                    place = {"xytext": (4, 3), "textcoords": "offset points", "fontsize": 8}
-                    axes.annotate(method, (mean(x), mean(y)), color=color, **place)
+                    best.append((y[0], x[0], method, color))  # the first seed
+    left, right = axes.get_xlim()
+    bottom, top = axes.get_ylim()
+    height = bottom
+    for y, x, method, color in sorted(best):
+        height = max(y, height + (top - bottom) / 20)  # no name on another
+        line = {"arrowstyle": "-", "color": color, "linewidth": 0.5}
+        style = {"color": color, "arrowprops": line, "fontsize": 8, "ha": "right", "va": "center"}
+        axes.annotate(method, (x, y), (left, height), **style)
+    axes.set_xlim(left - 0.3 * (right - left), right)  # room for the names
     axes.axvline(0, color="#bbbbbb", linewidth=0.8, zorder=0)
     axes.set(xlabel="loss of pairs that were not tuned, change in nats", ylabel="BLEU gained")
     axes.set_title(f"{setting.name}: ● other pairs, × the reverse pair", fontsize=9)

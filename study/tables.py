@@ -343,7 +343,8 @@ def show_kl(all_settings):
             )
             row = [setting.name, method, shown(differences(held, plain, setting.bleu), 1)]
             for lines in (plain, held):
-                row.append(f"{mean(setting.loss(line, OTHER) for line in lines.values()):+.3f}")
+                losses = [setting.loss(lines[seed], OTHER) for seed in sorted(plain.keys() & held)]
+                row.append(f"{mean(losses):+.3f}")
             rows.append(row)
     head = ["setting", "method", "BLEU with KL less without", "loss, other: without", "with"]
     table(head, rows)
@@ -355,6 +356,8 @@ def show_translations(all_settings):
         rows = []
         for method, rates in by_method(read_results(setting.folder, "chosen.jsonl")).items():
             for rate, lines in rates.items():
+                if rate != setting.best(method):
+                    continue
                 row = [method, f"{rate:g}", len(lines)]
                 for metric in ("bleu", "chrf"):
                     for kind in KINDS:
