@@ -248,16 +248,14 @@ def show_test_of_who_pays(all_settings):
                 continue
             row = [f"{aware} less {chance}", setting.name]
             rates = [rate for rate in setting.up_to_best(aware) if rate in setting.runs[chance]]
+            both = [(setting.runs[aware][rate], setting.runs[chance][rate]) for rate in rates]
+            seeds = set.intersection(*(first.keys() & second.keys() for first, second in both))
             for kind in KINDS:
-                own = [
-                    differences(
-                        setting.runs[aware][rate],
-                        setting.runs[chance][rate],
-                        lambda line: setting.loss(line, kind),
-                    )
-                    for rate in rates
+                loss = lambda line: setting.loss(line, kind)
+                values = [
+                    mean(loss(first[seed]) - loss(second[seed]) for first, second in both)
+                    for seed in sorted(seeds)
                 ]
-                values = [mean(of_seed) for of_seed in zip(*own)]
                 row.append(f"{shown(values)} {verdict(values)}")
             rows.append(row)
     print("\n### The same, mean over the rates up to the best; above or below 0: paired t, 90%")
@@ -342,9 +340,9 @@ def show_kl(all_settings):
                 setting.runs[name][setting.best(name)] for name in (method, f"{method}+kl=1")
             )
             row = [setting.name, method, shown(differences(held, plain, setting.bleu), 1)]
+            seeds = sorted(plain.keys() & held.keys())
             for lines in (plain, held):
-                losses = [setting.loss(lines[seed], OTHER) for seed in sorted(plain.keys() & held)]
-                row.append(f"{mean(losses):+.3f}")
+                row.append(f"{mean(setting.loss(lines[seed], OTHER) for seed in seeds):+.3f}")
             rows.append(row)
     head = ["setting", "method", "BLEU with KL less without", "loss, other: without", "with"]
     table(head, rows)
@@ -355,20 +353,21 @@ def show_translations(all_settings):
     for setting in all_settings:
         rows = []
         for method, rates in by_method(read_results(setting.folder, "chosen.jsonl")).items():
-            for rate, lines in rates.items():
-                if rate != setting.best(method):
-                    continue
-                row = [method, f"{rate:g}", len(lines)]
-                for metric in ("bleu", "chrf"):
-                    for kind in KINDS:
-                        changes = []
-                        for line in lines:
-                            for pair, after in line["after"].items():
-                                if kind_of(pair, line["pair"]) == kind:
-                                    before = setting.before["scores"][pair][metric]
-                                    changes.append(after[metric] - before)
-                        row.append(f"{mean(changes):+.1f}" if changes else "")
-                rows.append(row)
+            rate = setting.best(method)
+            if rate not in rates:  # another was the best when they were translated
+                continue
+            lines = rates[rate]
+            row = [method, f"{rate:g}", len(lines)]
+            for metric in ("bleu", "chrf"):
+                for kind in KINDS:
+                    changes = []
+                    for line in lines:
+                        for pair, after in line["after"].items():
+                            if kind_of(pair, line["pair"]) == kind:
+                                before = setting.before["scores"][pair][metric]
+                                changes.append(after[metric] - before)
+                    row.append(f"{mean(changes):+.1f}" if changes else "")
+            rows.append(row)
         if rows:
             print(f"\n### {setting.name}")
             head = [f"{metric}, {kind}" for metric in ("BLEU", "chrF") for kind in KINDS]
